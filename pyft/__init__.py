@@ -1,0 +1,92 @@
+"""Fine-tuning for PyTorch models with a compiled core, and ONNX files proven to behave the same.
+
+Importing pyft imports neither torch nor anything else heavy: every public name is loaded when it is first used.
+
+>>> import pyft
+>>> "finetune" in dir(pyft)
+True
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from pyft.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from pyft import errors as errors
+    from pyft import ops as ops
+    from pyft import optim as optim
+    from pyft.core.doctor import doctor as doctor
+    from pyft.evaluate import evaluate as evaluate
+    from pyft.evaluate import predict as predict
+    from pyft.export.onnx import export_onnx as export_onnx
+    from pyft.finetune import finetune as finetune
+    from pyft.finetune import resume as resume
+    from pyft.freezing.plan import FreezePlan as FreezePlan
+    from pyft.freezing.plan import freeze as freeze
+    from pyft.result import Result as Result
+    from pyft.training.stages import Stage as Stage
+
+# public name -> module that holds it; a module stands for itself
+_HOMES = {
+    "FreezePlan": "pyft.freezing.plan",
+    "Result": "pyft.result",
+    "Stage": "pyft.training.stages",
+    "doctor": "pyft.core.doctor",
+    "errors": "pyft.errors",
+    "evaluate": "pyft.evaluate",
+    "export_onnx": "pyft.export.onnx",
+    "finetune": "pyft.finetune",
+    "freeze": "pyft.freezing.plan",
+    "ops": "pyft.ops",
+    "optim": "pyft.optim",
+    "predict": "pyft.evaluate",
+    "resume": "pyft.finetune",
+}
+_MODULES = ("errors", "ops", "optim")
+
+__all__ = [
+    "FreezePlan",
+    "Result",
+    "Stage",
+    "__version__",
+    "doctor",
+    "errors",
+    "evaluate",
+    "export_onnx",
+    "finetune",
+    "freeze",
+    "ops",
+    "optim",
+    "predict",
+    "resume",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pyft' has no attribute {name!r}")
+    module = importlib.import_module(_HOMES[name])
+    value = module if name in _MODULES else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Keeps `pyft.finetune` and `pyft.evaluate` the functions when the modules of the same name are imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType) and name in _HOMES and name not in _MODULES:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,1 @@
+"""The compiled core: its sources and flags, the cache, the build, the loader, and the doctor."""
