@@ -1,0 +1,345 @@
+"""One door for all data: files, folders, arrays, Datasets and tables become `Data` with one meaning of the labels."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from torch.utils.data import DataLoader, IterableDataset
+
+from pyft.data.arrays import dataset_samples, loader_dataset, pair_samples
+from pyft.data.checks import check_samples
+from pyft.data.fingerprint import fingerprint
+from pyft.data.folders import IMAGE_SUFFIXES, folder_samples, holds_images, sub_folders
+from pyft.data.raw import Raw, check_exists, listed, nearest
+from pyft.data.splits import split_samples
+from pyft.data.tables import TABLE_SUFFIXES, frame_table, read_table, table_samples
+from pyft.data.targets import make_targets
+from pyft.errors import ConfigError, DataError
+from pyft.samples import Data, Kind, Problem, Samples
+
+KINDS: dict[str, Kind] = {"text": "text", "image": "image", "tabular": "array", "array": "array"}
+PROBLEMS: dict[str, Problem] = {
+    "classification": "classification",
+    "multilabel": "multilabel",
+    "regression": "regression",
+}
+ROLES = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "eval": "val",
+    "test": "test",
+    "testing": "test",
+}
+
+
+def parse_task(task: str) -> tuple[Kind | None, Problem | None]:
+    """Kind and problem that a task word names; None for what is left to be seen from the data.
+
+    Raises:
+        ConfigError: the word is not known.
+
+    >>> parse_task("text-classification"), parse_task("regression"), parse_task("auto")
+    (('text', 'classification'), (None, 'regression'), (None, None))
+    """
+    word = str(task).strip().lower().replace("_", "-").replace(" ", "-")
+    if word == "auto":
+        return None, None
+    kind, _, problem = word.rpartition("-")
+    if problem in PROBLEMS and (kind in KINDS or not kind):
+        return KINDS.get(kind), PROBLEMS[problem]
+    if word in KINDS:
+        return KINDS[word], None
+    words = ["auto", *PROBLEMS, *(f"{kind}-{problem}" for kind in ("text", "image", "tabular") for problem in PROBLEMS)]
+    raise ConfigError(f"task={task!r}: expected one of {', '.join(words)}{nearest(word, words)}")
+
+
+def load_data(
+    data: Any,
+    *,
+    task: str = "auto",
+    val: float | int | None = 0.2,
+    stratify: bool = True,
+    seed: int = 0,
+    text_column: str | None = None,
+    label_column: str | None = None,
+) -> Data:
+    """Read `data`, fix the meaning of the labels by the training part, and cut off validation where there is none.
+
+    Args:
+        data: a .tsv or .csv file; a folder with train.tsv (or .csv; val and test beside it); a folder of images, one
+            sub-folder per class, or train/ (val/, test/) with such folders; (X, y) of arrays, tensors or lists of
+            texts, paths or pictures; a map-style Dataset giving (x, y); a DataLoader; a DataFrame; or a dict of these
+            under "train", "val", "test".
+        task: see `parse_task`.
+        val: fraction below 1, or number of samples, for validation when `data` brings none; 0 or None: none.
+        stratify: keep the shares of the classes in that split.
+        seed: of that split.
+        text_column: name of the text column of a table; default: found by name.
+        label_column: name of the label column of a table; default: found by name.
+
+    Raises:
+        DataError: the data cannot be used; the message says what, where, and the mend.
+        ConfigError: `task` is not known.
+    """
+    kind, problem = parse_task(task)
+    parts, notes = read_parts(data, kind, text_column, label_column)
+    train = parts["train"]
+    notes += train.notes
+    if train.labels is None:
+        raise DataError(f"{train.name}: training data needs labels; give (X, y), or a table with a label column")
+    targets = make_targets(train, problem)
+    notes += targets.notes
+    sets: dict[str, Samples | None] = {
+        "train": Samples(train.kind, train.inputs, targets.values, train.name),
+        "val": None,
+        "test": None,
+    }
+    for role in ("val", "test"):
+        if role in parts:
+            sets[role] = _beside(parts[role], train, targets.problem, targets.classes, sets["train"])
+            notes += parts[role].notes
+    if sets["val"] is None:
+        sets["train"], sets["val"], more = _split(sets["train"], targets.problem, val, stratify, seed, targets.classes)
+        notes += more
+    samples = sets["train"]
+    assert samples is not None
+    return Data(
+        train=samples,
+        val=sets["val"],
+        test=sets["test"],
+        kind=train.kind,
+        problem=targets.problem,
+        classes=targets.classes,
+        fingerprint=fingerprint(sets, targets.problem, targets.classes),
+        source=str(data) if isinstance(data, str | os.PathLike) else None,
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def _beside(raw: Raw, train: Raw, problem: Problem, classes: list[str] | None, reference: Samples | None) -> Samples:
+    """Validation or test samples, with the labels' meaning and the shapes of the training samples."""
+    if raw.kind != train.kind:
+        raise DataError(f"{raw.name}: holds {raw.kind} inputs, the training data {train.kind} inputs")
+    if raw.labels is None:
+        raise DataError(f"{raw.name}: validation and test data need labels")
+    targets = make_targets(raw, problem, classes)
+    assert reference is not None
+    assert reference.targets is not None
+    if targets.values.shape[1:] != reference.targets.shape[1:]:
+        raise DataError(
+            f"{raw.name}: y has rows of shape {tuple(targets.values.shape[1:])}, the training data "
+            f"{tuple(reference.targets.shape[1:])}"
+        )
+    if train.kind == "array" and raw.inputs[0].shape != train.inputs[0].shape:
+        raise DataError(
+            f"{raw.name}: samples have shape {tuple(raw.inputs[0].shape)}, the training samples "
+            f"{tuple(train.inputs[0].shape)}"
+        )
+    return Samples(raw.kind, raw.inputs, targets.values, raw.name)
+
+
+def _split(
+    samples: Samples | None, problem: Problem, val: Any, stratify: bool, seed: int, classes: list[str] | None
+) -> tuple[Samples, Samples | None, list[str]]:
+    assert samples is not None
+    assert samples.targets is not None
+    train, held_out, notes = split_samples(samples.targets, problem, val, stratify=stratify, seed=seed, classes=classes)
+    if not len(held_out):
+        return samples, None, notes
+    return samples.subset(train), samples.subset(held_out), [f"{samples.name}: {note}" for note in notes]
+
+
+def read_parts(
+    data: Any, kind: Kind | None, text_column: str | None, label_column: str | None
+) -> tuple[dict[str, Raw], list[str]]:
+    """The sets that `data` brings, "train" always among them, before labels are read; and notes."""
+    notes: list[str] = []
+    if isinstance(data, Mapping):
+        sources = _named_parts(data)
+    elif isinstance(data, str | os.PathLike) and Path(data).is_dir():
+        sources, notes = _folder_parts(Path(data), kind)
+    else:
+        sources = {"train": data}
+    parts = {}
+    for role, source in sources.items():
+        raw = read_source(source, kind, text_column, label_column, labels_required=True)
+        if len(sources) > 1 and raw.name in ("X", "data"):
+            raw.name = f"{role} {raw.name}"
+        parts[role] = raw
+        kind = kind or raw.kind
+    return parts, notes
+
+
+def _named_parts(data: Mapping[Any, Any]) -> dict[str, Any]:
+    parts: dict[str, Any] = {}
+    for key, source in data.items():
+        if key not in ROLES:
+            raise DataError(
+                f"data: unknown key {key!r}; expected 'train', 'val', 'test'{nearest(str(key), list(ROLES))}"
+            )
+        if ROLES[key] in parts:
+            raise DataError(f"data: the key {key!r} names the {ROLES[key]} set a second time")
+        if source is not None:
+            parts[ROLES[key]] = source
+    if "train" not in parts:
+        raise DataError(f"data: the key 'train' is missing; got {listed(list(data))}")
+    return {role: parts[role] for role in ("train", "val", "test") if role in parts}
+
+
+def _folder_parts(folder: Path, kind: Kind | None) -> tuple[dict[str, Path], list[str]]:
+    tables = {
+        entry.stem.lower(): entry
+        for entry in sorted(folder.iterdir())
+        if entry.suffix.lower() in TABLE_SUFFIXES and entry.is_file()
+    }
+    files = {ROLES[stem]: path for stem, path in tables.items() if stem in ROLES}
+    names, ignored = sub_folders(folder)
+    folders = {ROLES[name.lower()]: folder / name for name in names if name.lower() in ROLES}
+    if (
+        "train" in folders
+        and kind != "text"
+        and any(holds_images(folders["train"] / name) for name in sub_folders(folders["train"])[0])
+    ):
+        others = [name for name in names if name.lower() not in ROLES] + ignored
+        return dict(sorted(folders.items())), [
+            f"{folder}: not part of the data, ignored: {listed(others)}"
+        ] if others else []
+    if "train" in files:
+        return files, []
+    if tables and not any(holds_images(folder / name) for name in names):
+        raise DataError(
+            f"{folder}: the folder holds {listed([path.name for path in tables.values()])} but no train.tsv or "
+            f"train.csv; give the file itself, or name it so"
+        )
+    return {"train": folder}, []
+
+
+def read_source(
+    source: Any, kind: Kind | None, text_column: str | None, label_column: str | None, *, labels_required: bool
+) -> Raw:
+    """The samples of one set, labels as they came.
+
+    Raises:
+        DataError: the source cannot be read, or its type is not supported.
+    """
+    if isinstance(source, str | os.PathLike):
+        return _path_samples(Path(source), kind, text_column, label_column, labels_required)
+    if isinstance(source, DataLoader):
+        dataset, notes = loader_dataset(source)
+        raw = dataset_samples(dataset, kind)
+        raw.notes = notes + raw.notes
+        return raw
+    if hasattr(source, "columns") and (hasattr(source, "to_numpy") or hasattr(source, "__dataframe__")):
+        return table_samples(frame_table(source, "DataFrame"), kind, text_column, label_column, labels_required)
+    two_arrays = (
+        labels_required
+        and isinstance(source, list)
+        and len(source) == 2
+        and all(hasattr(part, "shape") for part in source)
+    )
+    if isinstance(source, tuple) or two_arrays:
+        if len(source) != 2 or isinstance(source[0], tuple):
+            raise DataError(
+                f"data: expected (X, y), got a tuple of {len(source)}; "
+                f"for several sets give {{'train': (X, y), 'val': (X, y)}}"
+            )
+        return pair_samples(source[0], source[1], kind)
+    return _sequence_samples(source, kind, labels_required)
+
+
+def _sequence_samples(source: Any, kind: Kind | None, labels_required: bool) -> Raw:
+    is_pairs = (
+        isinstance(source, list) and bool(source) and all(isinstance(item, tuple) and len(item) == 2 for item in source)
+    )
+    plain = isinstance(source, list) or hasattr(source, "shape")
+    if plain and not is_pairs:
+        if labels_required:
+            raise DataError("data: there are no labels; give (X, y)")
+        return pair_samples(source, None, kind, "data")
+    if isinstance(source, IterableDataset) or (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
+        return dataset_samples(source, kind)
+    if hasattr(source, "__iter__"):
+        raise DataError(
+            f"data: {type(source).__name__} can only be read in a row; give a list, (X, y), or a map-style Dataset "
+            f"(__len__ and __getitem__)"
+        )
+    raise DataError(
+        f"data: got {type(source).__name__}; expected a path, a folder, (X, y), a Dataset, a DataLoader, a "
+        f"DataFrame, or a dict with 'train'"
+    )
+
+
+def _path_samples(
+    path: Path, kind: Kind | None, text_column: str | None, label_column: str | None, labels_required: bool
+) -> Raw:
+    check_exists(path, "data")
+    if path.is_dir():
+        if kind not in (None, "image"):
+            raise DataError(
+                f"{path}: this task needs a .tsv or .csv file, or a folder with train.tsv; this folder has none"
+            )
+        return folder_samples(path, labels_required=labels_required)
+    if path.suffix.lower() in TABLE_SUFFIXES:
+        return table_samples(read_table(path), kind, text_column, label_column, labels_required)
+    if path.suffix.lower() in IMAGE_SUFFIXES and not labels_required:
+        return Raw("image", [path], None, path.name)
+    raise DataError(
+        f"{path}: expected a .tsv or .csv file, or a folder; got a file named {path.suffix or 'without a suffix'}; "
+        f"rename or convert it"
+    )
+
+
+def load_samples(
+    source: Any,
+    *,
+    kind: Kind,
+    problem: Problem,
+    classes: list[str] | None,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    labels: Literal["required", "optional"] = "required",
+) -> Samples:
+    """One set to evaluate or predict, its labels read by the meaning that `classes` fixes.
+
+    Args:
+        source: as `data` of `load_data`, one set; with labels "optional" also bare inputs: a list of texts, a text, an
+            image file, a folder of images without class folders, an array X.
+        classes: label names in the order of the class index; None for regression.
+        labels: "required", or "optional": targets are None where the source has no labels.
+
+    Raises:
+        DataError: as `load_data`; a label that `classes` lacks is named with its nearest; a text is blank, or a
+            number NaN or infinite. Images are decoded, and so checked, when their batch is made.
+    """
+    if isinstance(source, Mapping):
+        raise DataError(f"data: expected one set, got a dict with {listed(list(source))}; give one of its values")
+    optional = labels == "optional"
+    if isinstance(source, str) and optional and kind == "text" and not _looks_like_path(source):
+        source = [source]
+    if isinstance(source, str | os.PathLike) and Path(source).is_dir() and kind != "image":
+        tables = sorted(entry.name for entry in Path(source).iterdir() if entry.suffix.lower() in TABLE_SUFFIXES)
+        raise DataError(
+            f"{source}: expected one set, got a folder"
+            + (f" with {listed(tables)}; give one of these files" if tables else " without a table")
+        )
+    raw = read_source(source, kind, text_column, label_column, labels_required=not optional)
+    if raw.kind != kind and not (raw.kind == "array" and kind == "image"):
+        raise DataError(f"{raw.name}: holds {raw.kind} inputs, the model takes {kind} inputs")
+    if raw.labels is None and not optional:
+        raise DataError(f"{raw.name}: no labels; give (X, y), or a table with a label column")
+    targets = None if raw.labels is None else make_targets(raw, problem, classes).values
+    samples = Samples(raw.kind, raw.inputs, targets, raw.name)
+    if raw.kind != "image":
+        check_samples(samples, raw.name)
+    return samples
+
+
+def _looks_like_path(text: str) -> bool:
+    return text.lower().endswith(TABLE_SUFFIXES) or (len(text) < 4096 and "\n" not in text and Path(text).exists())
