@@ -1,0 +1,1 @@
+"""Metrics and streaming prediction; needs NumPy, not torch."""

@@ -1,0 +1,1 @@
+"""ONNX: export, running, and the proof that both behave the same."""

@@ -1,0 +1,237 @@
+"""Run an exported ONNX file with onnxruntime. Needs NumPy and onnxruntime, not torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyft.errors import ConfigError, ExportError, need
+
+CPU = "CPUExecutionProvider"
+
+DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(int16)": np.int16,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+    "tensor(bool)": np.bool_,
+}
+
+
+@dataclass(frozen=True)
+class OnnxMeta:
+    """What the file says about itself; the defaults where it was not written by pyft.
+
+    Attributes:
+        task: "classification", "multilabel", "regression" or "".
+        kind: "text", "image", "array" or "".
+        classes: names in the order of the logits, or None.
+        preprocess: the preprocessing spec (JSON object), or None.
+        notes: lines about the export, such as a dimension that had to be fixed.
+        versions: package to version, of the machine that exported.
+        extra: every metadata entry of the file, as text.
+    """
+
+    task: str = ""
+    kind: str = ""
+    classes: list[str] | None = None
+    preprocess: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OnnxValue:
+    """One input or output: its name, NumPy dtype, and shape with a name for each dimension that is free."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | str, ...]
+
+
+class OnnxModel:
+    """An ONNX file opened in onnxruntime; call it with inputs to get logits.
+
+    Args:
+        path: the file, or its bytes.
+        provider: the onnxruntime execution provider. Another one is never used in its place.
+        threads: threads within an operator; default: as torch has where it is imported, else all CPUs.
+
+    Attributes:
+        path: the file, or None when bytes were given.
+        meta: OnnxMeta.
+        inputs, outputs: tuples of OnnxValue.
+        provider: the provider that runs.
+
+    Raises:
+        ExportError: the file is missing or damaged, or the provider is not there.
+        MissingExtraError: onnxruntime is not installed.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str] | bytes, *, provider: str = CPU, threads: int | None = None
+    ) -> None:
+        runtime = need("onnxruntime", "onnx", "running an ONNX file")
+        self.path = None if isinstance(path, bytes) else Path(path)
+        if self.path is not None and not self.path.is_file():
+            raise ExportError(f"no ONNX file at {self.path}")
+        self.session = _open(runtime, path, provider, threads)
+        self.provider = provider
+        self.inputs = tuple(_value(item) for item in self.session.get_inputs())
+        self.outputs = tuple(_value(item) for item in self.session.get_outputs())
+        self.output = next((v.name for v in self.outputs if v.name == "logits"), self.outputs[0].name)
+        self.meta = read_meta(self.session.get_modelmeta().custom_metadata_map, self._named())
+
+    def __call__(self, inputs: Any) -> NDArray[Any]:
+        """The logits (B, ...) for a batch.
+
+        Args:
+            inputs: a Tensor or array where the file has one input, else a dict of them by input name. The first
+                dimension is the batch. An integer is widened where that is exact; nothing else is converted.
+
+        Raises:
+            ConfigError: a name, dtype or shape that the file does not take.
+            ExportError: onnxruntime failed on these inputs.
+        """
+        feed = self._feed(inputs)
+        try:
+            return self.session.run([self.output], feed)[0]
+        except Exception as error:
+            shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in feed.items())
+            raise ExportError(f"{self._named()} failed in onnxruntime on {shapes}: {first_line(error)}") from error
+
+    def _feed(self, inputs: Any) -> dict[str, NDArray[Any]]:
+        if not isinstance(inputs, Mapping):
+            if len(self.inputs) > 1:
+                raise ConfigError(f"{self._named()} takes a dict with the inputs {_names(self.inputs)}, got one array")
+            inputs = {self.inputs[0].name: inputs}
+        given = set(inputs)
+        wanted = {value.name for value in self.inputs}
+        if given != wanted:
+            raise ConfigError(
+                f"{self._named()} takes the inputs {_names(self.inputs)}, got {', '.join(map(str, inputs)) or 'none'}"
+            )
+        feed = {value.name: _fitted(value, inputs[value.name]) for value in self.inputs}
+        sizes = {array.shape[0] for array in feed.values() if array.ndim}
+        if len(sizes) > 1:
+            raise ConfigError(f"all inputs must have one batch size, got {sorted(sizes)}")
+        return feed
+
+    def _named(self) -> str:
+        return "the ONNX model" if self.path is None else str(self.path)
+
+
+def default_threads() -> int:
+    """As many as torch uses where it is imported, else the CPUs that this process may use."""
+    torch = sys.modules.get("torch")
+    if torch is not None and hasattr(torch, "get_num_threads"):
+        return torch.get_num_threads()
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def read_meta(entries: Mapping[str, str], source: str) -> OnnxMeta:
+    """The metadata entries as OnnxMeta.
+
+    Raises:
+        ExportError: an entry of pyft is not what pyft writes.
+    """
+    classes = _json(entries, "pyft.classes", list, source)
+    return OnnxMeta(
+        task=entries.get("pyft.task", ""),
+        kind=entries.get("pyft.kind", ""),
+        classes=None if classes is None else [str(name) for name in classes],
+        preprocess=_json(entries, "pyft.preprocess", dict, source),
+        notes=_json(entries, "pyft.notes", list, source) or [],
+        versions={k.removesuffix(".version"): v for k, v in entries.items() if k.endswith(".version")},
+        extra=dict(entries),
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error that says something, on one line."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)
+
+
+def _open(runtime: Any, path: Any, provider: str, threads: int | None) -> Any:
+    there = runtime.get_available_providers()
+    if provider not in there:
+        raise ExportError(f"onnxruntime {runtime.__version__} has no {provider} here; it has {', '.join(there)}")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = default_threads() if threads is None else threads
+    if "torch" in sys.modules:
+        # Spinning threads take the CPU from torch's while the two take turns: 1.5x slower on 2 cores.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Level 3 is errors: they come as exceptions, and warnings about its own optimiser help nobody.
+    options.log_severity_level = 3
+    try:
+        session = runtime.InferenceSession(
+            path if isinstance(path, bytes) else str(path), sess_options=options, providers=[provider]
+        )
+    except Exception as error:
+        name = "the ONNX model" if isinstance(path, bytes) else f"{path} ({os.path.getsize(path):,} bytes)"
+        raise ExportError(
+            f"{name} cannot be opened: it is damaged, cut short or not ONNX: {first_line(error)}. Export it again"
+        ) from error
+    # onnxruntime goes on with the CPU when a provider cannot start.
+    if session.get_providers()[0] != provider:
+        raise ExportError(f"{provider} did not start, onnxruntime would run {', '.join(session.get_providers())}")
+    session.disable_fallback()
+    return session
+
+
+def _fitted(value: OnnxValue, given: Any) -> NDArray[Any]:
+    array = given.detach().cpu().numpy() if hasattr(given, "detach") else np.asarray(given)
+    if array.dtype != value.dtype:
+        # An integer fed to a floating-point input is most often a picture that was not normalised.
+        if array.dtype.kind not in "iu" or value.dtype.kind not in "iu" or not np.can_cast(array.dtype, value.dtype):
+            raise ConfigError(f"input '{value.name}' must be {value.dtype}, got {array.dtype}")
+        array = array.astype(value.dtype)
+    fits = len(array.shape) == len(value.shape) and all(
+        isinstance(want, str) or want == have for want, have in zip(value.shape, array.shape, strict=True)
+    )
+    if not fits:
+        raise ConfigError(f"input '{value.name}' must have shape ({_shape(value.shape)}), got ({_shape(array.shape)})")
+    if array.ndim and not array.shape[0]:
+        raise ConfigError(f"input '{value.name}' holds no sample: its batch size is 0")
+    return np.ascontiguousarray(array)
+
+
+def _value(item: Any) -> OnnxValue:
+    if item.type not in DTYPES:
+        raise ExportError(f"'{item.name}' of the ONNX file is {item.type}, which pyft cannot feed or read")
+    shape = tuple(size if isinstance(size, int) else str(size) for size in item.shape)
+    return OnnxValue(item.name, np.dtype(DTYPES[item.type]), shape)
+
+
+def _json(entries: Mapping[str, str], key: str, form: type, source: str) -> Any:
+    if key not in entries:
+        return None
+    try:
+        value = json.loads(entries[key])
+    except json.JSONDecodeError as error:
+        raise ExportError(f"{source}: the metadata entry {key} is not JSON: {error}. Export it again") from None
+    if not isinstance(value, form):
+        raise ExportError(f"{source}: the metadata entry {key} must be a JSON {form.__name__}. Export it again")
+    return value
+
+
+def _names(values: Sequence[OnnxValue]) -> str:
+    return ", ".join(value.name for value in values)
+
+
+def _shape(shape: Sequence[int | str]) -> str:
+    return ", ".join(map(str, shape))
