@@ -20,7 +20,7 @@ from pyft.models.package_weights import package_folder
 from pyft.models.text import TextClassifier, build_text_classifier
 
 BATCH, EPOCHS, TEXTS = 32, 3, 2000
-LEARNING_RATE = {"head": 1e-2, "full": 2e-4}
+LEARNING_RATE = {"head": 5e-3, "full": 2e-4}
 
 
 @pytest.fixture(scope="module")

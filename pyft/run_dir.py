@@ -1,0 +1,481 @@
+"""The folder of a run: what it holds, who may write to it, and how a run is found again.
+
+config.json        arguments, sources, fingerprints, what "auto" came to, and how to repeat the run
+environment.json   versions, processor, threads, commit
+status.json        {"state": "started" | "tuned" | "finished"}
+plan.txt           the stages, what trains in each
+notes.txt          what was said about the data and the model
+metrics.csv        one row per epoch
+last.pt            the checkpoint from which `resume` continues
+start.safetensors  weights before tuning, while a run of a model that cannot be loaded again is not finished
+best.safetensors   trained weights of the best epoch
+model.safetensors  all weights of the tuned model
+metrics.json       final metrics, per class, confusion matrix
+preprocess.json    how raw input becomes tensors
+model.onnx         the exported model; parity.json its comparison with PyTorch
+timings.json       seconds per stage of the story
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+
+from pyft.core.files import write_json, write_text
+from pyft.errors import CheckpointError, ConfigError
+from pyft.samples import Kind, Problem
+from pyft.version import __version__
+
+# Arguments that may differ between a run and its continuation: they do not move a weight.
+FREE_ARGUMENTS = ("out", "resume", "progress", "export")
+# What a run writes before its first step; a folder that holds nothing else was left by a run that never began.
+START_FILES = (
+    ".lock", "config.json", "environment.json", "notes.txt", "plan.txt", "preprocess.json", "start.safetensors",
+)  # fmt: skip
+SMALL_DATACLASS = 6
+_MISSING = object()
+
+
+def describe(value: Any) -> Any:
+    """`value` as JSON: plain values as they are, paths absolute, anything else named in angle brackets."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, os.PathLike):
+        return str(Path(value).resolve())
+    if isinstance(value, Mapping):
+        return {str(key): describe(part) for key, part in value.items()}
+    if is_dataclass(value) and not isinstance(value, type) and len(fields(value)) <= SMALL_DATACLASS:
+        return {item.name: describe(getattr(value, item.name)) for item in fields(value)}
+    if hasattr(value, "tolist") and 0 <= getattr(value, "ndim", -1) <= 1 and len(value.reshape(-1)) <= 1000:
+        return value.tolist()
+    if isinstance(value, (list, tuple)) and len(value) <= 1000 and all(_is_plain(part) for part in value):
+        return [describe(part) for part in value]
+    return f"<{_name_of(value)}>"
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str, os.PathLike)) or is_dataclass(value)
+
+
+def _name_of(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    if shape is not None:
+        return f"{type(value).__name__} {tuple(shape)}"
+    name = getattr(value, "__qualname__", None)
+    if name is None or "<" in name:
+        name = getattr(value, "__name__", type(value).__qualname__).strip("<>")
+    if isinstance(value, (list, tuple)):
+        return f"{name} of " + ", ".join(_name_of(part) for part in value[:3])
+    return f"{name}"
+
+
+def is_description(value: Any) -> bool:
+    """Whether `describe` could only name the value, so that it cannot be given again from the file."""
+    if isinstance(value, str):
+        return value.startswith("<") and value.endswith(">")
+    if isinstance(value, Mapping):
+        return any(is_description(part) for part in value.values())
+    return isinstance(value, list) and any(is_description(part) for part in value)
+
+
+def fingerprint_state(module: torch.nn.Module, *, values: bool = True) -> str:
+    """SHA-256 over the names, types and shapes of all parameters and buffers, and over their bytes if `values`."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        value = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+        if values and value.numel():
+            digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What a reader needs to know to run the same again: versions, processor, threads, commit, command."""
+    return {
+        "pyft": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "packages": _versions(("numpy", "safetensors", "tokenizers", "transformers", "Pillow", "onnx", "onnxruntime")),
+        "platform": platform.platform(),
+        "processor": _processor_name(),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
+        "commit": _commit(),
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _versions(names: tuple[str, ...]) -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _processor_name() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the folder the run was started in, with "+changes" where files differ from it."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
+        changes = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def repeat_commands(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, str | None]:
+    """The Python call, and the shell command where every argument can be typed, that do the run again."""
+    changed = {
+        key: value for key, value in arguments.items()
+        if key not in ("model", "data", "out", "resume", "progress") and value != defaults.get(key, _MISSING)
+    }  # fmt: skip
+    words = [_python(arguments["model"]), _python(arguments["data"])]
+    words += [f"{key}={_python(value)}" for key, value in changed.items()]
+    call = f"pyft.finetune({', '.join(words)})"
+    return {"python": call, "shell": _shell_command(arguments["model"], arguments["data"], changed)}
+
+
+def _python(value: Any) -> str:
+    return value if is_description(value) and isinstance(value, str) else repr(value)
+
+
+def _shell_command(model: Any, data: Any, changed: Mapping[str, Any]) -> str | None:
+    """`pyft train ...`, or None where an argument cannot be typed."""
+    import shlex
+
+    parts = dict(data) if isinstance(data, Mapping) else {"train": data}
+    train = parts.pop("train", None)
+    options = {**changed, **parts}
+    typed = [model, train, *parts.values()]
+    if not all(isinstance(value, str) for value in typed) or any(map(is_description, [*typed, *changed.values()])):
+        return None
+    words = ["pyft", "train", model, train]
+    for key, value in options.items():
+        word = _shell_word(value)
+        if word is None:
+            return None
+        words += [f"--{key.replace('_', '-')}", word]
+    return shlex.join(words)
+
+
+def _shell_word(value: Any) -> str | None:
+    if isinstance(value, list) and all(isinstance(part, (str, int, float)) for part in value):
+        return ",".join(map(str, value))
+    if isinstance(value, (list, dict)):
+        return None
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+# ---------------------------------------------------------------- finding and claiming a run
+
+
+def is_run(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a folder that pyft has written a run to."""
+    return (Path(path) / "config.json").is_file() and (Path(path) / "status.json").is_file()
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """config.json of the run in `path`.
+
+    Raises:
+        ConfigError: `path` is not the folder of a run.
+        CheckpointError: config.json is damaged.
+    """
+    folder = Path(path)
+    if not is_run(folder):
+        raise ConfigError(
+            f"{folder} is not the folder of a run: config.json and status.json, which every run has, are not there"
+        )
+    return _read_json(folder / "config.json")
+
+
+def read_state(path: str | os.PathLike[str]) -> str:
+    """The state of a run: "started", "tuned" (weights and metrics are final, the export is not) or "finished"."""
+    return str(_read_json(Path(path) / "status.json")["state"])
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); the run cannot be continued from it") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object; the run cannot be continued from it")
+    return value
+
+
+def look_at(out: str | os.PathLike[str], resume: bool | str) -> Path | None:
+    """The unfinished run at `out` that is to be continued, or None for a new one. Nothing is written.
+
+    resume "auto" continues an unfinished run and starts a new one where there is none; True asks for an unfinished
+    run; False never continues, and never writes over what is there.
+
+    Raises:
+        ConfigError: `resume` and what is at `out` do not go together.
+    """
+    if resume not in (True, False, "auto"):
+        raise ConfigError(f"resume: expected True, False or 'auto', got {resume!r}")
+    folder = Path(out)
+    if folder.name == "auto":
+        if resume is True:
+            raise ConfigError(f"resume=True needs the folder of the run to continue, got out={str(out)!r}")
+        return None
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"out={str(out)!r} is a file; expected a folder for the run, new or empty")
+    if is_run(folder):
+        return _continue_or_refuse(folder, resume)
+    if folder.is_dir() and not _is_unused(folder):
+        raise ConfigError(f"out={str(out)!r} holds files that are not of a run; expected a new or empty folder")
+    if resume is True:
+        raise ConfigError(f"resume=True, but there is no run in {folder}; leave resume out to start one there")
+    return None
+
+
+def _is_unused(folder: Path) -> bool:
+    return all(name in START_FILES or name.endswith(".tmp") for name in os.listdir(folder))
+
+
+def _continue_or_refuse(folder: Path, resume: bool | str) -> Path:
+    if read_state(folder) == "finished":
+        raise ConfigError(
+            f"out={str(folder)!r} holds a finished run, which is never written over: give another out=, "
+            f"or start from its weights with finetune({str(folder)!r}, ...)"
+        )
+    if resume is False:
+        raise ConfigError(
+            f"out={str(folder)!r} holds an unfinished run and resume=False: give another out=, "
+            "or resume='auto' to continue it"
+        )
+    return folder
+
+
+def check_same(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The stored configuration of the run in `folder`, if it is the one now asked for.
+
+    Raises:
+        ConfigError: an argument, the data or the model differs; all differences are named.
+    """
+    stored = read_config(folder)
+    before, now = stored["arguments"], config["arguments"]
+    differences = [
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in now
+        if key not in (*FREE_ARGUMENTS, "model", "data") and before.get(key) != now.get(key)
+    ]
+    for subject in ("data", "model"):
+        old, new = stored[subject]["fingerprint"], config[subject]["fingerprint"]
+        if old != new:
+            differences.append(f"the {subject} has fingerprint {new[:12]}, the run was started with {old[:12]}")
+    if differences:
+        raise ConfigError(
+            f"the unfinished run in {folder} was started with something else: {'; '.join(differences)}. "
+            "Give the same again to continue it, or another out= to start anew"
+        )
+    return stored
+
+
+def create(out: str | os.PathLike[str], task: str) -> RunDir:
+    """A new run folder, claimed for this process.
+
+    A last part "auto" becomes <date>-<time>-<task>, made so that two processes never share one.
+
+    Raises:
+        ConfigError: the folder cannot be made, or another process writes to it.
+    """
+    path = Path(out)
+    try:
+        path = _make_dated(path.parent, task) if path.name == "auto" else path
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"out={str(out)!r}: the folder cannot be made ({error.strerror}); give another out="
+        ) from None
+    run = claim(path)
+    if is_run(path):
+        run.release()
+        raise ConfigError(f"another process has just made a run in {path}; give another out=")
+    return run
+
+
+def _make_dated(parent: Path, task: str) -> Path:
+    parent.mkdir(parents=True, exist_ok=True)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for number in range(1, 10_000):
+        path = parent / (f"{stamp}-{task}" + (f"-{number}" if number > 1 else ""))
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+            return path
+    raise FileExistsError(17, "ten thousand runs in one second", str(parent))
+
+
+def claim(path: Path) -> RunDir:
+    """Take the lock of the run in `path`; the kernel frees it when this process ends, however it ends.
+
+    Raises:
+        ConfigError: another process writes to the run.
+    """
+    lock = filelock.FileLock(path / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise ConfigError(
+            f"another process is writing to the run in {path}; wait for it or give another out="
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"out={str(path)!r} cannot be written ({error.strerror}); give another out=") from None
+    return RunDir(path, lock)
+
+
+@dataclass
+class RunDir:
+    """A run folder claimed by this process.
+
+    Attributes:
+        path: the folder.
+        seconds: time spent per part of the story, written to timings.json.
+    """
+
+    path: Path
+    lock: Any
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def write(self, name: str, value: Any) -> Path:
+        """Write JSON (*.json) or text, whole or not at all.
+
+        Raises:
+            CheckpointError: the disk is full or the folder cannot be written.
+        """
+        try:
+            return write_json(self / name, value) if name.endswith(".json") else write_text(self / name, value)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self / name} cannot be written ({error.strerror}): make room or give another out="
+            ) from None
+
+    def set_state(self, state: str) -> None:
+        """Write status.json: "started", "tuned" or "finished"."""
+        self.write("status.json", {"state": state})
+
+    def release(self) -> None:
+        """Let other processes write to the run."""
+        self.lock.release()
+
+    def discard(self) -> None:
+        """Remove a folder that holds nothing worth keeping."""
+        import shutil
+
+        self.lock.release()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- reading a run
+
+
+@dataclass
+class OpenRun:
+    """The tuned model of a run, ready to be used.
+
+    Attributes:
+        path: the folder.
+        module: the model with its tuned weights, in eval mode, on the CPU.
+        preprocess: turns a raw sample into tensors; None where it was a function of the user's, which no file keeps.
+        classes, problem, kind: as in `Data`.
+        config: config.json.
+    """
+
+    path: Path
+    module: torch.nn.Module
+    preprocess: Any
+    classes: list[str] | None
+    problem: Problem
+    kind: Kind
+    config: dict[str, Any]
+
+
+def open_run(path: str | os.PathLike[str], model: torch.nn.Module | None = None) -> OpenRun:
+    """Build the model of a run again, with its tuned weights.
+
+    Args:
+        path: the folder of a run.
+        model: a module of the same architecture, which gets the weights in place; needed for a run of a module of
+            the user's own, which pyft cannot build.
+
+    Raises:
+        ConfigError: not a run, or a run whose model cannot be built without `model`.
+        CheckpointError: the weights are not there yet, damaged, or of another architecture.
+    """
+    from pyft.models.saved import load_state
+    from pyft.preprocess import preprocess_of
+
+    folder = Path(path)
+    config = read_config(folder)
+    if not (folder / "model.safetensors").is_file():
+        raise CheckpointError(f"{folder}: the run is not finished, there are no tuned weights: pyft resume {folder}")
+    module = model if model is not None else _build(config, folder)
+    load_state(folder / "model.safetensors", module)
+    kind, problem = config["data"]["kind"], config["data"]["problem"]
+    preprocess = preprocess_of(_read_json(folder / "preprocess.json"))
+    return OpenRun(folder, module.eval(), preprocess, config["classes"], problem, kind, config)
+
+
+def can_build(path: str | os.PathLike[str]) -> bool:
+    """Whether `open_run` needs no `model` for the run in `path`."""
+    model = read_config(path)["model"]
+    return model["spec"] is not None or str(model["source"]).startswith("hf:")
+
+
+def _build(config: Mapping[str, Any], folder: Path) -> torch.nn.Module:
+    from pyft.models.head import fit_head
+    from pyft.models.load import load_model
+    from pyft.models.text import TextClassifier
+
+    model = config["model"]
+    if model["spec"] is not None:
+        return TextClassifier.from_spec(model["spec"])
+    if not str(model["source"]).startswith("hf:"):
+        raise ConfigError(
+            f"{folder} holds the weights of {model['class']}, a module of your own, which pyft cannot build: "
+            f"build it, with {model['num_outputs']} outputs, and give open_run({str(folder)!r}, model)"
+            + (f"; {folder / 'model.onnx'} runs without it" if (folder / "model.onnx").is_file() else "")
+        )
+    module = load_model(model["source"]).module
+    if model["head"]["name"] is not None:
+        fit_head(module, model["num_outputs"], head=model["head"]["name"])
+    return module

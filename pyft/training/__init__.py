@@ -1,0 +1,1 @@
+"""The training run: settings, stages, schedules, losses, the loop, and checkpoints that resume bit for bit."""

