@@ -26,7 +26,7 @@ def main() -> None:
     pictures = [Image.fromarray((15 * image).astype(np.uint8)) for image in digits.images]
     labels = [str(label) for label in digits.target]
     x_train, x_test, y_train, y_test = train_test_split(
-        pictures, labels, train_size=500, test_size=200, random_state=0, stratify=labels
+        pictures, labels, train_size=300, test_size=150, random_state=0, stratify=labels
     )
     data = {"train": (x_train, y_train), "test": (x_test, y_test)}
 

@@ -342,9 +342,9 @@ def _add_others(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--out", metavar="FOLDER", help="folder of the run [runs/quickstart]")
     parser.add_argument(
-        "--strategy", type=either("head", "full", "gradual"), metavar="NAME", help="what to train [full]"
+        "--strategy", type=either("head", "full", "gradual"), metavar="NAME", help="head, full or gradual [gradual]"
     )
-    parser.add_argument("--epochs", type=whole, metavar="N", help="passes over the training data")
+    parser.add_argument("--epochs", type=whole, metavar="N", help="passes over the training data [6]")
     parser.add_argument("--seed", type=whole, default=0, metavar="N", help="seed of everything random [0]")
 
 

@@ -15,20 +15,23 @@ import torch
 from torch import nn
 
 from pyft import run_dir
+from pyft.core.loader import load_core
 from pyft.data.batches import Batches
-from pyft.errors import CheckpointError, ConfigError, ExportError, PyftError
+from pyft.describe import describe, describe_source, is_description, repeat_commands
+from pyft.errors import CheckpointError, ExportError, PyftError
 from pyft.evaluation.metrics import Metrics
+from pyft.evaluation.pictures import can_draw, draw_confusion, draw_curves
 from pyft.evaluation.predict import evaluate_batches
 from pyft.export.onnx import export_onnx
 from pyft.export.parity import Parity, check_parity
 from pyft.freezing.plan import FreezePlan, freeze, make_plan
 from pyft.head_features import Call, compute_features, no_features_reason
-from pyft.job import EVALUATION_BATCH, Job, autocast, inspect, model_fingerprint, to_device
+from pyft.job import EVALUATION_BATCH, Job, autocast, given_back_on_error, inspect, model_fingerprint, to_device
 from pyft.models.call import call_model
 from pyft.models.saved import load_state, save_model
 from pyft.preprocess import spec_of
 from pyft.result import MAIN_METRICS, Result
-from pyft.run_dir import RunDir, describe
+from pyft.run_dir import RunDir
 from pyft.training.checkpoint import load_checkpoint
 from pyft.training.history import History
 from pyft.training.loop import StageSetup, train
@@ -130,6 +133,7 @@ def finetune(
         DataError: the data cannot be used.
         ConfigError: an argument, or a combination, is not possible; or `out` holds another run.
         MissingExtraError: a package that is needed is not installed.
+        CoreError: the compiled core cannot be used, and `PYFT_CORE=require`.
         CheckpointError: the disk is full, or a checkpoint is damaged. The last good one is kept.
         ExportError: the exported file does not behave like the model. The tuned model is already in the run folder.
     """
@@ -139,11 +143,14 @@ def finetune(
     with timed(seconds, "load"):
         job = inspect(arguments)
         config = make_config(job)
-    run = start(job, config, unfinished)
+    with given_back_on_error(job.before):
+        with timed(seconds, "core"):  # the first use on a machine compiles it
+            load_core()
+        run = start(job, config, unfinished)
     run.seconds = seconds
     show = make_progress(progress)
     try:
-        for line in [*job.notes, *plan_lines(job), f"run: {run.path}"]:
+        for line in [*job.notes, *plan_lines(job), f"run: {run.path}{', continued' * bool(unfinished)}"]:
             show.note(line)
         history, plan = train_stages(job, run, show, resumed=unfinished is not None)
         result = evaluate_tuned(job, run, history, plan)
@@ -168,13 +175,7 @@ def resume(path: str | os.PathLike[str], *, progress: bool = True) -> Result:
         ConfigError: not a run, a finished one, or one whose model, data or functions only the caller has.
         As `finetune`.
     """
-    arguments = dict(run_dir.read_config(path)["arguments"])
-    own = [name for name, value in arguments.items() if run_dir.is_description(value)]
-    if own:
-        raise ConfigError(
-            f"{path}: the run was started with {', '.join(own)} from Python, which no file keeps: "
-            f"make the same call again, pyft.finetune(..., out={str(path)!r})"
-        )
+    arguments = run_dir.stored_arguments(path)
     if isinstance(arguments["strategy"], list):
         arguments["strategy"] = [Stage(**stage) for stage in arguments["strategy"]]
     arguments.update(out=path, resume=True, progress=progress)
@@ -222,19 +223,8 @@ def make_config(job: Job) -> dict[str, Any]:
         "settings": describe_settings(job.settings),
         "stages": [describe(stage) for stage in job.stages],
         "forward_precision": job.forward_precision,
-        "repeat": run_dir.repeat_commands(arguments, defaults),
+        "repeat": repeat_commands(arguments, defaults),
     }
-
-
-def describe_source(value: Any) -> Any:
-    """A model or data argument as JSON; paths are made absolute, so that the run can be continued from anywhere."""
-    if isinstance(value, str) and not value.startswith("hf:") and Path(value).exists():
-        return str(Path(value).resolve())
-    if isinstance(value, str) and value.startswith("hf:") and Path(value[3:]).expanduser().is_dir():
-        return "hf:" + str(Path(value[3:]).expanduser().resolve())
-    if isinstance(value, dict):
-        return {str(key): describe_source(part) for key, part in value.items()}
-    return describe(value)
 
 
 def keyword_defaults() -> dict[str, Any]:
@@ -247,7 +237,7 @@ def start(job: Job, config: dict[str, Any], unfinished: Path | None) -> RunDir:
     """Claim the folder of the run: a new one, or that of the run to continue, whose first weights are put back."""
     if unfinished is not None:
         stored = run_dir.check_same(unfinished, config)
-        run = run_dir.claim(unfinished)
+        run = run_dir.claim_unfinished(unfinished)
         if (run / "start.safetensors").exists():
             load_state(run / "start.safetensors", job.model)
         # What a timing decided then must not be decided otherwise now.
@@ -352,7 +342,7 @@ def score(job: Job, call: Call, batches: Batches) -> Metrics:
 def resume_hint(job: Job, run: RunDir) -> str:
     """How the user continues the run."""
     known = [describe_source(job.arguments["model"]), describe_source(job.arguments["data"])]
-    if any(run_dir.is_description(value) for value in (*known, describe(job.arguments))):
+    if any(is_description(value) for value in (*known, describe(job.arguments))):
         return f"make the same call with out={str(run.path)!r}"
     return f"pyft resume {run.path}"
 
@@ -451,10 +441,20 @@ def compare(job: Job, path: Path, report: Path) -> Parity:
 def finish(run: RunDir, result: Result) -> None:
     """Write what was learned last; nothing is left that only an unfinished run needs."""
     run.write("notes.txt", "".join(f"{note}\n" for note in result.notes))
+    draw(run, result)
     run.write("timings.json", {part: round(spent, 3) for part, spent in run.seconds.items()})
     with contextlib.suppress(FileNotFoundError):
         (run / "start.safetensors").unlink()
     run.set_state("finished")
+
+
+def draw(run: RunDir, result: Result) -> None:
+    """Learning curves and confusion matrix, where matplotlib is installed."""
+    if not can_draw():
+        return
+    draw_curves(result.history, run / "curves.png")
+    if result.confusion is not None and result.confusion.ndim == 2 and result.classes:
+        draw_confusion(result.confusion, result.classes, run / "confusion.png")
 
 
 @contextlib.contextmanager

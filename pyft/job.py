@@ -18,7 +18,7 @@ from pyft.errors import ConfigError, need
 from pyft.evaluation.predict import evaluate_batches
 from pyft.freezing.plan import make_plan
 from pyft.models.call import call_model, check_outputs, probing
-from pyft.models.head import HeadReport, fit_head
+from pyft.models.head import WIDTH_ATTRIBUTES, HeadReport, fit_head
 from pyft.models.init import INIT, init_linear
 from pyft.models.load import LoadedModel, load_model
 from pyft.preprocess import choose_preprocess
@@ -31,7 +31,9 @@ from pyft.training.stages import Stage, make_stages
 
 # Where data of a kind is looked at before training: enough rows to see shapes, few enough to cost nothing.
 EXAMPLE_SIZE = 4
-FORWARD_BATCH = 32
+PROBE_BATCH = 16
+WORTH_A_PROBE = 500
+"""Training samples from which on it pays to find out which precision runs them faster."""
 EVALUATION_BATCH = 64
 
 
@@ -50,6 +52,7 @@ class Job:
         batches, val_batches: what is trained and validated on.
         plans: printed plan of each stage, by its name.
         example: a few samples of the training data, on the CPU.
+        before: the model as it came.
         forward_precision: "fp32" or "bf16", of passes without gradient during training.
         notes: lines for the user.
     """
@@ -69,6 +72,7 @@ class Job:
     batches: Batches
     val_batches: Batches | None
     example: Batch
+    before: Untouched
     forward_precision: str = "fp32"
     plans: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -107,7 +111,8 @@ def inspect(arguments: Mapping[str, Any]) -> Job:
     objective = make_loss(data.problem, settings.loss, weights, settings.label_smoothing).to(device)
     loaded, earlier = load_any_model(arguments["model"], num_outputs, settings.seed)
     check_kind(loaded, data.kind)
-    with given_back_on_error(loaded.module):
+    before = Untouched(loaded.module)
+    with given_back_on_error(before):
         loaded.module.to(device)
         preprocess, note = choose_preprocess(
             arguments["preprocess"], loaded, data.kind, arguments["max_length"], earlier
@@ -126,15 +131,13 @@ def inspect(arguments: Mapping[str, Any]) -> Job:
         make_plan(loaded.module, arguments["freeze"])  # a name without a match is told, whatever the strategy
         stages = choose_stages(arguments, head, notes)
         plans = try_plans(loaded.module, stages)
-        precision, note = choose_forward_precision(loaded.module, data, preprocess, settings.precision, device)
+        precision, note = choose_forward_precision(loaded.module, data, preprocess, settings, stages, device)
         notes += [note] if note else []
     return Job(
         arguments=arguments, data=data, model=loaded.module, loaded=loaded, spec=architecture(loaded.module),
         preprocess=preprocess, head=head, settings=settings, objective=objective, stages=stages,
-        num_outputs=num_outputs,
-        device=device, batches=batches, val_batches=val_batches, example=example,
-        forward_precision=precision, plans=plans,
-        notes=notes,
+        num_outputs=num_outputs, device=device, batches=batches, val_batches=val_batches,
+        example=example, forward_precision=precision, plans=plans, notes=notes, before=before,
     )  # fmt: skip
 
 
@@ -343,24 +346,40 @@ def try_plans(model: nn.Module, stages: list[Stage]) -> dict[str, str]:
     return plans
 
 
+class Untouched:
+    """A module as it came: its submodules, modes, requires_grad flags, widths and device; `put_back` restores them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.children = {module: dict(module._modules) for module in model.modules()}
+        self.modes = {module: module.training for module in model.modules()}
+        self.flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        self.widths = {name: model.__dict__[name] for name in WIDTH_ATTRIBUTES if name in model.__dict__}
+        self.num_labels = getattr(getattr(model, "config", None), "num_labels", None)
+        self.devices = {parameter.device for parameter in model.parameters()}
+
+    def put_back(self) -> None:
+        """Undo what `inspect` did to the module."""
+        for module, had in self.children.items():
+            module._modules.update(had)
+        for module, mode in self.modes.items():
+            module.training = mode
+        for parameter, flag in self.flags:
+            parameter.requires_grad_(flag)
+        self.model.__dict__.update(self.widths)
+        if self.num_labels is not None:
+            self.model.config.num_labels = self.num_labels  # type: ignore[union-attr]
+        if len(self.devices) == 1:
+            self.model.to(next(iter(self.devices)))
+
+
 @contextlib.contextmanager
-def given_back_on_error(model: nn.Module) -> Iterator[None]:
-    """On an exception inside, put back the modules, modes and requires_grad flags that the model came with."""
-    children = {module: dict(module._modules) for module in model.modules()}
-    modes = {module: module.training for module in model.modules()}
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    devices = {parameter.device for parameter in model.parameters()}
+def given_back_on_error(before: Untouched) -> Iterator[None]:
+    """On an exception inside, the module is put back as it came."""
     try:
         yield
     except BaseException:
-        for module, had in children.items():
-            module._modules.update(had)
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        if len(devices) == 1:
-            model.to(devices.pop())
+        before.put_back()
         raise
 
 
@@ -370,15 +389,18 @@ def model_fingerprint(job: Job) -> str:
 
 
 def choose_forward_precision(
-    model: nn.Module, data: Data, preprocess: Any, requested: str, device: torch.device
+    model: nn.Module, data: Data, preprocess: Any, settings: Settings, stages: list[Stage], device: torch.device
 ) -> tuple[str, str | None]:
-    """The precision of passes without gradient (frozen features, validation), and the reason where it was found out.
+    """The precision of passes without gradient (frozen features, validation), and a note where bf16 was found faster.
 
-    "auto" tries a real batch, see `pyft.training.precision.choose_precision`.
+    "auto" tries a real batch where there are enough such passes to win back the time.
     """
-    if requested != "auto" or bf16_hardware(device) is None:
-        return ("bf16" if requested == "bf16" else "fp32"), None
-    inputs = to_device(first_batch(data, preprocess, FORWARD_BATCH).inputs, device)
+    if settings.precision != "auto":
+        return settings.precision, None
+    passes = data.val is not None or any(stage.kind == "head" for stage in stages)
+    if not passes or len(data.train) < WORTH_A_PROBE or bf16_hardware(device) is None:
+        return "fp32", None
+    inputs = to_device(first_batch(data, preprocess, PROBE_BATCH).inputs, device)
 
     def probe(precision: str) -> None:
         with torch.inference_mode(), autocast(device, precision):

@@ -40,8 +40,8 @@ PARTS = {
 def quickstart(
     out: str | os.PathLike[str] | None = None,
     *,
-    strategy: str = "full",
-    epochs: int = 5,
+    strategy: str = "gradual",
+    epochs: int = 6,
     seed: int = 0,
     model: str = MODEL,
     progress: bool = True,

@@ -71,10 +71,13 @@ class Result:
         return evaluate(self, data, backend=backend, batch_size=batch_size, **columns)
 
     def next_commands(self) -> list[str]:
-        """Shell commands that use what the run has left behind."""
+        """Commands that use what the run has left behind: for the shell, or Python where a function has to be given."""
         where = self.onnx if self.onnx is not None else self.run_dir
-        target = shlex.quote(str(where))
-        data = shlex.quote(self.data_source or "DATA")
+        if self.kind != "array" and not hasattr(self.preprocess, "spec"):
+            name = getattr(self.preprocess, "__name__", "preprocess")
+            data = repr(self.data_source) if self.data_source else "data"
+            return [f"pyft.evaluate({str(where)!r}, {data}, preprocess={name})"] if self.onnx is not None else []
+        target, data = shlex.quote(str(where)), shlex.quote(self.data_source or "DATA")
         sample = {"text": "'a text'", "image": "picture.jpg", "array": "X.npy"}[self.kind]
         commands = [f"pyft eval {target} {data}", f"pyft predict {target} {sample}"]
         if self.onnx is None and self.data_source is not None:
@@ -89,7 +92,8 @@ class Result:
         rows += [("run", str(self.run_dir)), ("onnx", str(self.onnx) if self.onnx else "not exported")]
         width = max(len(name) for name, _ in rows)
         lines = [f"{name:<{width}}  {value}" for name, value in rows if value]
-        return "\n".join([*lines, "next:", *(f"  {command}" for command in self.next_commands())])
+        commands = self.next_commands()
+        return "\n".join([*lines, *(["next:"] if commands else []), *(f"  {command}" for command in commands)])
 
     __repr__ = __str__
 

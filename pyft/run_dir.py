@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ import filelock
 import torch
 
 from pyft.core.files import write_json, write_text
+from pyft.describe import is_description
+from pyft.describe import repeat_commands as repeat_commands
 from pyft.errors import CheckpointError, ConfigError
 from pyft.samples import Kind, Problem
 from pyft.version import __version__
@@ -45,50 +47,6 @@ FREE_ARGUMENTS = ("out", "resume", "progress", "export")
 START_FILES = (
     ".lock", "config.json", "environment.json", "notes.txt", "plan.txt", "preprocess.json", "start.safetensors",
 )  # fmt: skip
-SMALL_DATACLASS = 6
-_MISSING = object()
-
-
-def describe(value: Any) -> Any:
-    """`value` as JSON: plain values as they are, paths absolute, anything else named in angle brackets."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, os.PathLike):
-        return str(Path(value).resolve())
-    if isinstance(value, Mapping):
-        return {str(key): describe(part) for key, part in value.items()}
-    if is_dataclass(value) and not isinstance(value, type) and len(fields(value)) <= SMALL_DATACLASS:
-        return {item.name: describe(getattr(value, item.name)) for item in fields(value)}
-    if hasattr(value, "tolist") and 0 <= getattr(value, "ndim", -1) <= 1 and len(value.reshape(-1)) <= 1000:
-        return value.tolist()
-    if isinstance(value, (list, tuple)) and len(value) <= 1000 and all(_is_plain(part) for part in value):
-        return [describe(part) for part in value]
-    return f"<{_name_of(value)}>"
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str, os.PathLike)) or is_dataclass(value)
-
-
-def _name_of(value: Any) -> str:
-    shape = getattr(value, "shape", None)
-    if shape is not None:
-        return f"{type(value).__name__} {tuple(shape)}"
-    name = getattr(value, "__qualname__", None)
-    if name is None or "<" in name:
-        name = getattr(value, "__name__", type(value).__qualname__).strip("<>")
-    if isinstance(value, (list, tuple)):
-        return f"{name} of " + ", ".join(_name_of(part) for part in value[:3])
-    return f"{name}"
-
-
-def is_description(value: Any) -> bool:
-    """Whether `describe` could only name the value, so that it cannot be given again from the file."""
-    if isinstance(value, str):
-        return value.startswith("<") and value.endswith(">")
-    if isinstance(value, Mapping):
-        return any(is_description(part) for part in value.values())
-    return isinstance(value, list) and any(is_description(part) for part in value)
 
 
 def fingerprint_state(module: torch.nn.Module, *, values: bool = True) -> str:
@@ -157,49 +115,6 @@ def _commit() -> str | None:
     return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
 
 
-def repeat_commands(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, str | None]:
-    """The Python call, and the shell command where every argument can be typed, that do the run again."""
-    changed = {
-        key: value for key, value in arguments.items()
-        if key not in ("model", "data", "out", "resume", "progress") and value != defaults.get(key, _MISSING)
-    }  # fmt: skip
-    words = [_python(arguments["model"]), _python(arguments["data"])]
-    words += [f"{key}={_python(value)}" for key, value in changed.items()]
-    call = f"pyft.finetune({', '.join(words)})"
-    return {"python": call, "shell": _shell_command(arguments["model"], arguments["data"], changed)}
-
-
-def _python(value: Any) -> str:
-    return value if is_description(value) and isinstance(value, str) else repr(value)
-
-
-def _shell_command(model: Any, data: Any, changed: Mapping[str, Any]) -> str | None:
-    """`pyft train ...`, or None where an argument cannot be typed."""
-    import shlex
-
-    parts = dict(data) if isinstance(data, Mapping) else {"train": data}
-    train = parts.pop("train", None)
-    options = {**changed, **parts}
-    typed = [model, train, *parts.values()]
-    if not all(isinstance(value, str) for value in typed) or any(map(is_description, [*typed, *changed.values()])):
-        return None
-    words = ["pyft", "train", model, train]
-    for key, value in options.items():
-        word = _shell_word(value)
-        if word is None:
-            return None
-        words += [f"--{key.replace('_', '-')}", word]
-    return shlex.join(words)
-
-
-def _shell_word(value: Any) -> str | None:
-    if isinstance(value, list) and all(isinstance(part, (str, int, float)) for part in value):
-        return ",".join(map(str, value))
-    if isinstance(value, (list, dict)):
-        return None
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
 # ---------------------------------------------------------------- finding and claiming a run
 
 
@@ -221,6 +136,22 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{folder} is not the folder of a run: config.json and status.json, which every run has, are not there"
         )
     return _read_json(folder / "config.json")
+
+
+def stored_arguments(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The arguments of the run in `path`, to be given to `finetune` again.
+
+    Raises:
+        ConfigError: not a run, or one with arguments that only the caller has: a module, arrays, functions.
+    """
+    arguments = dict(read_config(path)["arguments"])
+    own = [name for name, value in arguments.items() if is_description(value)]
+    if own:
+        raise ConfigError(
+            f"{path}: the run was started with {', '.join(own)} from Python, which no file keeps: "
+            f"make the same call again, pyft.finetune(..., out={str(path)!r})"
+        )
+    return arguments
 
 
 def read_state(path: str | os.PathLike[str]) -> str:
@@ -340,6 +271,15 @@ def _make_dated(parent: Path, task: str) -> Path:
             path.mkdir()
             return path
     raise FileExistsError(17, "ten thousand runs in one second", str(parent))
+
+
+def claim_unfinished(path: Path) -> RunDir:
+    """Take the lock of a run to continue; `ConfigError` where another process has finished it by now."""
+    run = claim(path)
+    if read_state(path) == "finished":
+        run.release()
+        raise ConfigError(f"another process has just finished the run in {path}")
+    return run
 
 
 def claim(path: Path) -> RunDir:

@@ -214,8 +214,12 @@ def test_an_out_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not of a run"):
         pyft.finetune(mlp(), (X, Y), out=tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    model = mlp()
+    head = model[3]
     with pytest.raises(ConfigError, match="cannot be made"):
-        pyft.finetune(mlp(), (X, Y), out=file / "run", progress=False, export=None)
+        pyft.finetune(model, (X, Y), out=file / "run", progress=False, export=None)
+    assert model[3] is head
+    assert head.out_features == 7
 
 
 def test_a_fault_at_the_first_step_leaves_no_folder(tmp_path: Path) -> None:

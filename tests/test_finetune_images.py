@@ -96,6 +96,9 @@ class TestEfficientNet:
     def test_onnx_needs_the_function_and_agrees(self, tuned: Any, flowers: Path) -> None:
         result, _ = tuned
         assert result.parity["passed"]
+        assert result.next_commands() == [
+            f"pyft.evaluate({str(result.onnx)!r}, {str(flowers / 'train')!r}, preprocess=my_preprocess)"
+        ]
         with pytest.raises(ConfigError, match="preprocess function, which no file keeps"):
             pyft.evaluate(result.onnx, flowers / "test")
         found = pyft.evaluate(result.onnx, flowers / "test", preprocess=my_preprocess)

@@ -15,6 +15,7 @@ from torch import nn
 
 import pyft
 from pyft import run_dir as runs
+from pyft.describe import describe, is_description, repeat_commands
 from pyft.errors import CheckpointError, ConfigError
 from pyft.training.stages import Stage
 
@@ -53,22 +54,22 @@ SUBJECTS = {"data": {"fingerprint": "d" * 64}, "model": {"fingerprint": "m" * 64
     ],
 )
 def test_describe(value: Any, expected: Any) -> None:
-    found = runs.describe(value)
+    found = describe(value)
     assert found == expected
     json.dumps(found)
 
 
 def test_describe_makes_paths_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert runs.describe(Path("data")) == str(tmp_path / "data")
+    assert describe(Path("data")) == str(tmp_path / "data")
 
 
 def test_what_can_only_be_named_is_known() -> None:
-    assert runs.is_description(runs.describe(some_function))
-    assert runs.is_description(runs.describe({"train": np.zeros((2, 2))}))
-    assert runs.is_description(runs.describe([Stage("a", some_function)]))
-    assert not runs.is_description(runs.describe([Stage("a", "glob*")]))
-    assert not runs.is_description("a<b>")
+    assert is_description(describe(some_function))
+    assert is_description(describe({"train": np.zeros((2, 2))}))
+    assert is_description(describe([Stage("a", some_function)]))
+    assert not is_description(describe([Stage("a", "glob*")]))
+    assert not is_description("a<b>")
 
 
 def test_the_shell_command_says_what_the_python_call_says() -> None:
@@ -80,7 +81,7 @@ def test_the_shell_command_says_what_the_python_call_says() -> None:
         "out": "x", "max_length": 64, "clip": None,
     }  # fmt: skip
     defaults = {"epochs": 5, "patience": None, "strategy": "gradual", "freeze": None, "clip": 1.0}
-    found = runs.repeat_commands(arguments, defaults)
+    found = repeat_commands(arguments, defaults)
     parsed = vars(make_parser().parse_args(shlex.split(found["shell"] or "")[1:]))
     kept = {name: value for name, value in arguments.items() if name not in ("out", "epochs", "patience")}
     assert {name: parsed[name] for name in kept} == kept
@@ -98,14 +99,12 @@ def test_the_shell_command_says_what_the_python_call_says() -> None:
 
 def test_the_shell_command_names_the_sets() -> None:
     data = {"train": "a.tsv", "val": "b.tsv", "test": "c.tsv"}
-    assert runs.repeat_commands({"model": "m", "data": data}, {})["shell"] == (
-        "pyft train m a.tsv --val b.tsv --test c.tsv"
-    )
+    assert repeat_commands({"model": "m", "data": data}, {})["shell"] == ("pyft train m a.tsv --val b.tsv --test c.tsv")
 
 
 def test_what_cannot_be_typed_has_no_shell_command() -> None:
     for change in ({"model": "<Linear>"}, {"loss": "<my_loss>"}, {"strategy": [{"name": "a"}]}, {"data": "<tuple>"}):
-        found = runs.repeat_commands({"model": "m", "data": "d", **change}, {})
+        found = repeat_commands({"model": "m", "data": "d", **change}, {})
         assert found["shell"] is None
         assert found["python"]
 

@@ -150,6 +150,9 @@ def _split(
 ) -> tuple[Samples, Samples | None, list[str]]:
     assert samples is not None
     assert samples.targets is not None
+    if samples.kind != "image":
+        # Before the split, so that the rows named are those of the user's data.
+        check_samples(samples, "train")
     train, held_out, notes = split_samples(samples.targets, problem, val, stratify=stratify, seed=seed, classes=classes)
     if not len(held_out):
         return samples, None, notes

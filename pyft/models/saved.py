@@ -28,7 +28,8 @@ def save_model(path: str | os.PathLike[str], module: nn.Module) -> Path:
     from safetensors.torch import save
 
     tensors, tied = _distinct(module)
-    metadata = {"format": "pt", TIED: json.dumps(tied)}
+    # One key only: safetensors writes several in random order, and the same weights would give other bytes.
+    metadata = {TIED: json.dumps(tied)} if tied else {"format": "pt"}
     try:
         return write_atomic(path, lambda file: file.write(save(tensors, metadata)))
     except OSError as error:

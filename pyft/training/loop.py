@@ -38,7 +38,9 @@ _PREPARE, _EVALUATE = 1, 2
 class BatchSource(Protocol):
     """What the loop asks of batches: `pyft.data.batches.Batches`, or anything like it."""
 
-    num_batches: int
+    @property
+    def num_batches(self) -> int:
+        """Batches in one epoch."""
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number `start` on; the same for the same epoch, whenever asked."""

@@ -404,3 +404,10 @@ def test_source_and_kind_are_kept(tmp_path: Path) -> None:
     path.write_text("text,label\na,x\nb,y\n")
     assert load_data(str(path), val=0).source == str(path)
     assert load_data((X, Y)).source is None
+
+
+def test_a_bad_row_is_named_by_its_place_in_the_users_data() -> None:
+    x, y = torch.randn(40, 3), torch.arange(40) % 2
+    x[17, 2] = float("nan")
+    with pytest.raises(DataError, match=r"\b17\b"):
+        load_data((x, y), val=0.5, seed=1)

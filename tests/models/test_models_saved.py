@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +113,18 @@ def test_extra_state_and_lazy_parameters_are_refused(tmp_path: Path) -> None:
         save_model(tmp_path / "m.safetensors", Extra())
     with pytest.raises(ConfigError, match="no values yet"):
         save_model(tmp_path / "m.safetensors", nn.LazyLinear(3))
+
+
+def test_the_same_weights_give_the_same_bytes(tmp_path: Path) -> None:
+    """In two processes, whose hash seeds differ."""
+    code = (
+        "import sys, torch; from pyft.models.saved import save_model\n"
+        "torch.manual_seed(0); model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))\n"
+        "model[1].weight = model[0].weight if sys.argv[2] == 'tied' else model[1].weight\n"
+        "save_model(sys.argv[1], model)"
+    )
+    for kind in ("tied", "plain"):
+        files = [tmp_path / f"{kind}{i}.safetensors" for i in range(2)]
+        for file in files:
+            subprocess.run([sys.executable, "-c", code, str(file), kind], check=True)
+        assert files[0].read_bytes() == files[1].read_bytes()
