@@ -2,12 +2,43 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def _skip_if_truly_missing(error: Exception) -> None:
+    from pyft.errors import MissingExtraError
+
+    named = re.search(r"needs the package '([^']+)'", str(error)) if isinstance(error, MissingExtraError) else None
+    if named is not None and importlib.util.find_spec(named[1]) is None:
+        pytest.skip(str(error))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Generator[None, object, object]:
+    """A fixture that needs a package which is not installed skips its tests, with the extra that brings it."""
+    try:
+        return (yield)
+    except Exception as error:
+        _skip_if_truly_missing(error)
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, object, object]:
+    """The same for a test."""
+    try:
+        return (yield)
+    except Exception as error:
+        _skip_if_truly_missing(error)
+        raise
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 
 from pyft.ops.grad_norm import grad_norm
@@ -16,10 +17,12 @@ def clip_coefficient(total_norm: float, max_norm: float) -> float:
     >>> clip_coefficient(0.5, 1.0)
     1.0
     """
-    norm = torch.tensor(total_norm, dtype=torch.float32)
-    if not torch.isfinite(norm):
-        return min(1.0, max_norm / (total_norm + 1e-6))
-    return float(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+    with np.errstate(over="ignore", divide="ignore"):
+        norm = np.float32(total_norm)
+        if not np.isfinite(norm):
+            return min(1.0, max_norm / (total_norm + 1e-6))
+        # torch divides a number by a tensor as reciprocal times number, each rounded.
+        return min(1.0, float(np.float32(1.0) / (norm + np.float32(1e-6)) * np.float32(max_norm)))
 
 
 def total_norm(grads: list[torch.Tensor], norm_type: float) -> torch.Tensor:

@@ -136,7 +136,7 @@ _AUTO_LR: dict[tuple[str, StageKind, Kind], float] = {
     ("adamw", "head", "text"): 1e-2,
     ("adamw", "head", "image"): 3e-3,
     ("adamw", "head", "array"): 3e-3,
-    ("adamw", "full", "text"): 1e-4,
+    ("adamw", "full", "text"): 2e-4,
     ("adamw", "full", "image"): 3e-4,
     ("adamw", "full", "array"): 1e-3,
     ("sgd", "head", "text"): 1e-1,
@@ -152,7 +152,7 @@ def auto_lr(optimizer: str, stage_kind: StageKind, kind: Kind) -> tuple[float, s
     """The learning rate for lr="auto" and the reason in words.
 
     >>> auto_lr("adamw", "full", "text")
-    (0.0001, "lr 0.0001: 'auto' for adamw, the whole text model trains")
+    (0.0002, "lr 0.0002: 'auto' for adamw, the whole text model trains")
     """
     lr = _AUTO_LR[optimizer, stage_kind, kind]
     what = "only the head trains" if stage_kind == "head" else f"the whole {kind} model trains"

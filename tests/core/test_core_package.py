@@ -197,7 +197,11 @@ def test_editable_install_uses_the_checkout(box: Any, stand_in_checkout: Path, t
         file.extractall(site)
     assert not [name for name in members(wheel) if "_csrc" in name]
     code = (
-        f"import site\nsite.addsitedir({str(site)!r})\n"
+        "import site, sys\nbefore, finders = list(sys.path), list(sys.meta_path)\n"
+        f"site.addsitedir({str(site)!r})\n"
+        # Ahead of a pyft that is installed where the tests run.
+        "sys.path[:] = [p for p in sys.path if p not in before] + before\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if f not in finders] + finders\n"
         "from pyft.core.loader import load_core\ncore = load_core()\n"
         "import json, pyft\nprint(json.dumps([core.answer, core.__file__, pyft.__file__]))"
     )

@@ -296,7 +296,7 @@ def test_closure_is_called_with_gradients_on(backend: str) -> None:
         loss.backward()
         return loss
 
-    assert float(optimizer.step(closure)) == 3.0
+    assert optimizer.step(closure).item() == 3.0
     assert (param < 1).all()
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pyft.optim import clip_grad_norm_
+from pyft.optim.clip import clip_coefficient
 
 
 def parameters(dtype: torch.dtype = torch.float32, scale: float = 1.0) -> list[torch.nn.Parameter]:
@@ -28,6 +29,15 @@ def test_equals_torch(backend: str, norm_type: float, max_norm: float) -> None:
     assert float(norm) == pytest.approx(float(want), rel=1e-6)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=3e-7, atol=0)
+
+
+def test_coefficient_is_torch_s_to_the_bit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    norms = 10.0 ** (torch.rand(2000, generator=generator) * 12 - 6)
+    limits = 10.0 ** (torch.rand(2000, generator=generator) * 6 - 3)
+    for norm, limit in zip(norms.tolist(), limits.tolist(), strict=True):
+        want = torch.clamp(limit / (torch.tensor(norm) + 1e-6), max=1.0)
+        assert clip_coefficient(norm, limit) == float(want)
 
 
 def test_single_tensor_no_gradient_and_generator(backend: str) -> None:
