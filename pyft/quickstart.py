@@ -117,8 +117,12 @@ def make_stages(strategy: str, epochs: int) -> list[Stage]:
     """
     from pyft.training import stages
 
-    made = stages.make_stages(strategy, epochs, "head")
-    return [stage if stage.kind == "head" else replace(stage, lr_scale=ENCODER_LR / HEAD_LR) for stage in made]
+    made = []
+    for stage in stages.make_stages(strategy, epochs, "head"):
+        # A name, which config.json keeps, so that `pyft resume` can continue the run.
+        change = {"freeze": "encoder*"} if stage.kind == "head" else {"lr_scale": ENCODER_LR / HEAD_LR}
+        made.append(replace(stage, **change))
+    return made
 
 
 def prepare_core(seconds: dict[str, float]) -> None:

@@ -98,6 +98,8 @@ def test_places_exist(finished: SimpleNamespace) -> None:
     run = finished.folder / "runs" / "quickstart"
     assert f"run   {run.relative_to(finished.folder)}" in finished.out
     assert json.loads((run / "status.json").read_text()) == {"state": "finished"}
+    arguments = json.loads((run / "config.json").read_text())["arguments"]
+    assert "<" not in json.dumps(arguments), "what is only named there, `pyft resume` could not give again"
     assert json.loads((run / "parity.json").read_text())["passed"] is True
     assert (run / "model.onnx").stat().st_size > 80e6
 
@@ -148,6 +150,18 @@ def test_a_finished_run_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert next_folder() == Path("runs/quickstart-2"), "an unfinished one is gone on with"
     (tmp_path / "runs/quickstart-2/status.json").write_text('{"state": "finished"}')
     assert next_folder() == Path("runs/quickstart-3")
+
+
+def test_stages_keep_their_learning_rates() -> None:
+    from pyft.errors import ConfigError
+    from pyft.quickstart import ENCODER_LR, HEAD_LR, make_stages
+
+    head, full = make_stages("gradual", 6)
+    assert (head.kind, head.epochs, head.freeze, head.lr_scale) == ("head", 2, "encoder*", 1.0)
+    assert (full.kind, full.epochs, full.freeze) == ("full", 4, None)
+    assert full.lr_scale * HEAD_LR == pytest.approx(ENCODER_LR)
+    with pytest.raises(ConfigError, match="strategy"):
+        make_stages("all", 6)
 
 
 def test_a_core_that_cannot_be_used_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

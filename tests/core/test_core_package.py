@@ -98,7 +98,7 @@ def test_pure_wheel_carries_the_sources(pure_wheel: Path) -> None:
 
 
 def test_pure_wheel_carries_every_module_and_data_file(pure_wheel: Path) -> None:
-    wanted = (".py", ".tsv", ".typed")
+    wanted = (".py", ".tsv", ".txt", ".typed")
     files = (path for path in (REPOSITORY / "pyft").rglob("*") if path.suffix in wanted and "_csrc" not in path.parts)
     assert {str(path.relative_to(REPOSITORY)) for path in files} <= members(pure_wheel)
 
