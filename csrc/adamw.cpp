@@ -91,9 +91,6 @@ AdamWPlan::AdamWPlan(const Tensors& params, Tensors exp_avgs, Tensors exp_avg_sq
   table_ = cut_into_chunks(numels_of(params));
   pointers_.resize(params.size());
   grads_.resize(params.size());
-  for (size_t i = 0; i < params.size(); ++i) {
-    pointers_[i] = {nullptr, nullptr, fp32(exp_avgs_[i]), fp32(exp_avg_sqs_[i])};
-  }
 }
 
 bool AdamWPlan::set_gradients(const OwnedHandles& params, const OwnedHandles& grads,
@@ -102,8 +99,11 @@ bool AdamWPlan::set_gradients(const OwnedHandles& params, const OwnedHandles& gr
   check_same_count(params.size(), "params", grads.size(), "grads");
   other_layout.clear();
   for (size_t i = 0; i < params.size(); ++i) {
-    const TensorView param = view_of(params[i]), exp_avg = view_of(exp_avgs_[i].get());
-    if (!param.is_fp32_cpu() || !same_layout(param, exp_avg)) {
+    // The moments are looked at again, too: `tensor.data = other` moves them without a word.
+    const TensorView param = view_of(params[i]);
+    const TensorView exp_avg = view_of(exp_avgs_[i].get()), exp_avg_sq = view_of(exp_avg_sqs_[i].get());
+    if (!param.is_fp32_cpu() || !exp_avg.is_fp32_cpu() || !exp_avg_sq.is_fp32_cpu() || !same_layout(param, exp_avg) ||
+        !same_layout(param, exp_avg_sq)) {
       return false;
     }
     const TensorView grad = view_of(grads[i]);
@@ -111,8 +111,9 @@ bool AdamWPlan::set_gradients(const OwnedHandles& params, const OwnedHandles& gr
     if (!same_layout(param, grad)) {
       other_layout.push_back(static_cast<int64_t>(i));
     }
-    pointers_[i].param = static_cast<float*>(param.data);
-    pointers_[i].grad = grads_[i] = static_cast<const float*>(grad.data);
+    grads_[i] = static_cast<const float*>(grad.data);
+    pointers_[i] = {static_cast<float*>(param.data), grads_[i], static_cast<float*>(exp_avg.data),
+                    static_cast<float*>(exp_avg_sq.data)};
   }
   return true;
 }

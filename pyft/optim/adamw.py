@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import repeat
+from operator import is_not
 from typing import Any
 
 import torch
@@ -142,14 +144,15 @@ class AdamW(torch.optim.Optimizer):
 
     def _plan_of_this_step(self) -> StepPlan:
         params: list[torch.Tensor] = []
-        grads: list[torch.Tensor] = []
         groups: list[int] = []
         for number, group in enumerate(self.param_groups):
-            for param in group["params"]:
-                if (grad := param.grad) is not None:
-                    params.append(param)
-                    grads.append(grad)
-            groups += [number] * (len(params) - len(groups))
+            params += group["params"]
+            groups += [number] * len(group["params"])
+        grads: list[Any] = [param.grad for param in params]
+        if not all(map(is_not, grads, repeat(None))):
+            present = [i for i, grad in enumerate(grads) if grad is not None]
+            params, groups = [params[i] for i in present], [groups[i] for i in present]
+            grads = [grads[i] for i in present]
         if self._plan is None or not self._plan.serves(params, groups, self.state):
             self._plan = self._build_plan(params, groups)
         if not self._plan.take(grads):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from operator import is_
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from pyft.ops.adamw import adamw_reference_, in_layout_of
 from pyft.ops.grad_norm import grad_norm_reference, runs_on_core
 from pyft.ops.handles import handles_available, tensor_handles
 
+STATE_KEYS = tuple(itemgetter(key) for key in ("exp_avg", "exp_avg_sq", "step"))
 Hyperparameters = tuple[float, float, float, float, float, bool]
 
 
@@ -63,10 +64,11 @@ class StepPlan:
         if len(state) != len(self.every_state) or not all(map(is_, state.values(), self.every_state)):
             return False
         try:
-            now = self._held_state()
+            return all(
+                all(map(is_, map(key, self.states), held)) for key, held in zip(STATE_KEYS, self.held, strict=True)
+            )
         except KeyError:
             return False
-        return all(all(map(is_, new, old)) for new, old in zip(now, self.held, strict=True))
 
     def take(self, grads: list[torch.Tensor]) -> bool:
         """Take this step's gradients; False when a parameter's storage has changed and a new plan is needed.
@@ -74,12 +76,14 @@ class StepPlan:
         Raises:
             TypeError: a gradient is sparse.
         """
-        for i, grad in enumerate(grads):
-            if grad.layout is not torch.strided:
-                raise TypeError(
-                    f"the gradient of parameter {i} of shape {tuple(grad.shape)} is sparse; AdamW takes dense "
-                    "gradients: build the Embedding with sparse=False, or use torch.optim.SparseAdam for it"
-                )
+        try:
+            return self._take(grads)
+        except RuntimeError:
+            _refuse_sparse(grads)
+            raise
+
+    def _take(self, grads: list[torch.Tensor]) -> bool:
+        _refuse_sparse([grads[i] for i in self.slow])
         self.grads = grads
         if self.core_plan is None:
             return True
@@ -132,3 +136,12 @@ class StepPlan:
                 maximize=maximize,
             )
         self.grads, self.relaid = [], []
+
+
+def _refuse_sparse(grads: Sequence[torch.Tensor]) -> None:
+    for grad in grads:
+        if grad.layout is not torch.strided:
+            raise TypeError(
+                f"a gradient of shape {tuple(grad.shape)} is sparse; AdamW takes dense gradients: build the Embedding "
+                "with sparse=False, or use torch.optim.SparseAdam for it"
+            )

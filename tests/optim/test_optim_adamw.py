@@ -154,6 +154,23 @@ def test_state_replaced_by_hand_is_seen(backend: str) -> None:
     assert_same(ours, theirs)
 
 
+def test_state_moved_in_place_is_seen(backend: str) -> None:
+    ours, theirs = parameters(), parameters()
+    a, b = AdamW(ours), torch.optim.AdamW(theirs)
+    for step in range(5):
+        give_gradients(ours, theirs, seed=step)
+        if step == 2:
+            for state in a.state.values():
+                state["exp_avg"].data = state["exp_avg"].data.clone()
+                state["exp_avg_sq"].data = state["exp_avg_sq"].data.clone()
+        if step == 3:
+            moment = a.state[ours[2]]["exp_avg"]
+            moment.data = moment.data.to(memory_format=torch.channels_last)
+        a.step()
+        b.step()
+    assert_same(ours, theirs)
+
+
 def test_each_parameter_counts_its_own_steps(backend: str) -> None:
     ours, theirs = parameters(), parameters()
     a, b = AdamW(ours[:2], lr=0.01), torch.optim.AdamW(theirs[:2], lr=0.01)
@@ -370,7 +387,7 @@ def test_parameters_that_cannot_be_updated_are_refused() -> None:
         AdamW([torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))])
     table = torch.nn.Embedding(5, 3, sparse=True)
     table(torch.tensor([1])).sum().backward()
-    with pytest.raises(TypeError, match=r"parameter 0 of shape \(5, 3\) is sparse"):
+    with pytest.raises(TypeError, match=r"gradient of shape \(5, 3\) is sparse"):
         AdamW(table.parameters()).step()
 
 
