@@ -44,7 +44,7 @@ def draw_curves(rows: Sequence[dict[str, Any]], path: str | Path) -> Path:
         for i in range(1, len(rows)):
             if rows[i].get("stage") != rows[i - 1].get("stage"):
                 axes.axvline(i + 0.5, color="grey", linestyle=":")
-        if axes.lines:
+        if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
     return _save(figure, path)
 
