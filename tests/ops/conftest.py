@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -10,12 +11,17 @@ import torch
 from pyft.core import loader
 
 
+def find_compiler() -> str | None:
+    return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+
+
 @pytest.fixture(scope="session")
 def core():
-    """The compiled core, or a skip that says why there is none."""
+    """The compiled core; a skip where there is no compiler, a failure where there is one."""
     module = loader.load_core()
     if module is None:
-        pytest.skip("the compiled core is not available here: see pyft doctor")
+        assert find_compiler() is None, "there is a compiler, but the core was not built: see pyft doctor"
+        pytest.skip("no compiler here, so no compiled core: see pyft doctor")
     return module
 
 

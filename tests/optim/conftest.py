@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from pyft.core import loader
@@ -14,5 +16,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(step_plan, "load_core", lambda: None)
         monkeypatch.setattr(loader, "load_core", lambda: None)
     elif loader.load_core() is None:
-        pytest.skip("the compiled core is not available here: see pyft doctor")
+        compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+        assert compiler is None, "there is a compiler, but the core was not built: see pyft doctor"
+        pytest.skip("no compiler here, so no compiled core: see pyft doctor")
     return request.param
