@@ -35,7 +35,7 @@ def check_data(data: Data) -> list[str]:
         check_samples(samples, role, data)
     warnings: list[str] = []
     if data.problem == "classification":
-        warnings += _check_classes(sets, data.classes or [])
+        warnings += check_classes(sets, data.classes or [])
     elif data.problem == "multilabel":
         warnings += _check_multilabel(sets["train"], data.classes or [])
     elif bool((data.train.targets == data.train.targets[0]).all()):  # type: ignore[index, union-attr]
@@ -129,7 +129,7 @@ def check_images(inputs: list[Any], where: str) -> None:
     )
 
 
-def _check_classes(sets: dict[str, Samples], classes: list[str]) -> list[str]:
+def check_classes(sets: dict[str, Samples], classes: list[str]) -> list[str]:
     counts = {role: torch.bincount(samples.targets, minlength=len(classes)) for role, samples in sets.items()}  # type: ignore[arg-type]
     train = sets["train"]
     present = (counts["train"] > 0).nonzero().flatten().tolist()

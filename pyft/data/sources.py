@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch.utils.data import DataLoader, IterableDataset
 
 from pyft.data.arrays import dataset_samples, loader_dataset, pair_samples
-from pyft.data.checks import check_samples
+from pyft.data.checks import check_classes, check_samples
 from pyft.data.fingerprint import fingerprint
 from pyft.data.folders import IMAGE_SUFFIXES, folder_samples, holds_images, sub_folders
 from pyft.data.raw import Raw, check_exists, listed, nearest
@@ -151,8 +151,10 @@ def _split(
     assert samples is not None
     assert samples.targets is not None
     if samples.kind != "image":
-        # Before the split, so that the rows named are those of the user's data.
+        # Before the split, so that rows and counts are those of the user's data.
         check_samples(samples, "train")
+    if problem == "classification":
+        check_classes({"train": samples}, classes or [])
     train, held_out, notes = split_samples(samples.targets, problem, val, stratify=stratify, seed=seed, classes=classes)
     if not len(held_out):
         return samples, None, notes

@@ -411,3 +411,8 @@ def test_a_bad_row_is_named_by_its_place_in_the_users_data() -> None:
     x[17, 2] = float("nan")
     with pytest.raises(DataError, match=r"\b17\b"):
         load_data((x, y), val=0.5, seed=1)
+
+
+def test_one_class_is_counted_over_all_of_the_users_data() -> None:
+    with pytest.raises(DataError, match="all 10 samples"):
+        load_data((torch.randn(10, 2), ["a"] * 10), val=0.2)
