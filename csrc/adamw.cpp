@@ -2,12 +2,14 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 
 #include "adamw_cpu.h"
 #include "cpu_target.h"
 #include "grad_norm.h"
+#include "parallel.h"
 #include "tensor_checks.h"
 
 namespace pyft {
@@ -20,6 +22,9 @@ std::vector<int64_t> numels_of(const std::vector<Tensor>& tensors) {
   }
   return numels;
 }
+
+constexpr int64_t kLooksPerTask = 32;
+constexpr int64_t kFetchAheadLooks = 6;
 
 float* fp32(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
@@ -67,53 +72,72 @@ void fill_constants(const std::vector<AdamWGroup>& groups, const std::vector<int
 void adamw_over_chunks(const ChunkTable& table, const std::vector<AdamWPointers>& pointers,
                        const std::vector<AdamWStep>& steps) {
   cpu_target();  // an unusable PYFT_CPU_TARGET is reported here, not inside the parallel region
-  torch::stable::parallel_for(0, table.num_tasks(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t c = table.task_begin[begin]; c < table.task_begin[end]; ++c) {
-      const Chunk& chunk = table.chunks[c];
-      const AdamWPointers& p = pointers[chunk.tensor];
-      adamw_cpu(p.param + chunk.offset, p.grad + chunk.offset, p.exp_avg + chunk.offset, p.exp_avg_sq + chunk.offset,
-                chunk.length, steps[chunk.tensor]);
-    }
+  for_each_chunk(table, [&](int64_t c) {
+    const Chunk& chunk = table.chunks[c];
+    const AdamWPointers& p = pointers[chunk.tensor];
+    adamw_cpu(p.param + chunk.offset, p.grad + chunk.offset, p.exp_avg + chunk.offset, p.exp_avg_sq + chunk.offset,
+              chunk.length, steps[chunk.tensor]);
   });
 }
 
-AdamWPlan::AdamWPlan(const Tensors& params, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors steps,
-                     std::vector<int64_t> groups)
-    : exp_avgs_(std::move(exp_avgs)),
+AdamWPlan::AdamWPlan(Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors steps, std::vector<int64_t> groups)
+    : params_(std::move(params)),
+      exp_avgs_(std::move(exp_avgs)),
       exp_avg_sqs_(std::move(exp_avg_sqs)),
       steps_(std::move(steps)),
       groups_(std::move(groups)) {
-  check_params(params);
-  check_state(params, exp_avgs_, "exp_avgs");
-  check_state(params, exp_avg_sqs_, "exp_avg_sqs");
-  check_steps(params, steps_);
-  check_same_count(params.size(), "params", groups_.size(), "groups");
-  table_ = cut_into_chunks(numels_of(params));
-  pointers_.resize(params.size());
-  grads_.resize(params.size());
+  check_params(params_);
+  check_state(params_, exp_avgs_, "exp_avgs");
+  check_state(params_, exp_avg_sqs_, "exp_avg_sqs");
+  check_steps(params_, steps_);
+  check_same_count(params_.size(), "params", groups_.size(), "groups");
+  table_ = cut_into_chunks(numels_of(params_));
+  for (const Tensor& param : params_) {
+    layouts_.push_back(layout_of(view_of(param.get())));
+  }
+  pointers_.resize(params_.size());
+  grads_.resize(params_.size());
+  counts_.resize(params_.size());
+  fits_.resize(params_.size());
 }
 
-bool AdamWPlan::set_gradients(const OwnedHandles& params, const OwnedHandles& grads,
-                              std::vector<int64_t>& other_layout) {
-  check_same_count(pointers_.size(), "the plan", params.size(), "params");
-  check_same_count(params.size(), "params", grads.size(), "grads");
+AdamWPlan::Fit AdamWPlan::look_at(size_t i, AtenTensorHandle gradient) {
+  const TensorView param = view_of(params_[i].get()), grad = view_of(gradient), count = view_of(steps_[i].get());
+  const TensorView exp_avg = view_of(exp_avgs_[i].get()), exp_avg_sq = view_of(exp_avg_sqs_[i].get());
+  const bool fp32 = param.is_fp32_cpu() && exp_avg.is_fp32_cpu() && exp_avg_sq.is_fp32_cpu() && count.is_fp32_cpu();
+  if (!fp32 || !has_layout(param, layouts_[i]) || !same_layout(param, exp_avg) || !same_layout(param, exp_avg_sq) ||
+      !is_one_number(count)) {
+    return Fit::not_at_all;
+  }
+  grads_[i] = static_cast<const float*>(grad.data);
+  pointers_[i] = {static_cast<float*>(param.data), grads_[i], static_cast<float*>(exp_avg.data),
+                  static_cast<float*>(exp_avg_sq.data)};
+  counts_[i] = static_cast<float*>(count.data);
+  return !grad.is_fp32_cpu() ? Fit::other_dtype : same_layout(param, grad) ? Fit::as_it_is : Fit::other_layout;
+}
+
+bool AdamWPlan::set_gradients(const OwnedHandles& grads, std::vector<int64_t>& other_layout) {
+  check_same_count(params_.size(), "the plan", grads.size(), "grads");
+  // The last update has driven five records a parameter out of the cache; waiting for them is the cost, so share it.
+  torch::stable::parallel_for(0, static_cast<int64_t>(fits_.size()), kLooksPerTask, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t later = std::min(i + kFetchAheadLooks, end - 1);
+      for (AtenTensorHandle tensor : {params_[later].get(), grads[later], exp_avgs_[later].get(),
+                                      exp_avg_sqs_[later].get(), steps_[later].get()}) {
+        fetch_record(tensor);
+      }
+      fits_[i] = look_at(i, grads[i]);
+    }
+  });
   other_layout.clear();
-  for (size_t i = 0; i < params.size(); ++i) {
-    // The moments are looked at again, too: `tensor.data = other` moves them without a word.
-    const TensorView param = view_of(params[i]);
-    const TensorView exp_avg = view_of(exp_avgs_[i].get()), exp_avg_sq = view_of(exp_avg_sqs_[i].get());
-    if (!param.is_fp32_cpu() || !exp_avg.is_fp32_cpu() || !exp_avg_sq.is_fp32_cpu() || !same_layout(param, exp_avg) ||
-        !same_layout(param, exp_avg_sq)) {
+  for (size_t i = 0; i < fits_.size(); ++i) {
+    if (fits_[i] == Fit::not_at_all) {
       return false;
     }
-    const TensorView grad = view_of(grads[i]);
-    STD_TORCH_CHECK(grad.is_fp32_cpu(), element("grads", i), " must be a dense float32 tensor on the CPU");
-    if (!same_layout(param, grad)) {
+    STD_TORCH_CHECK(fits_[i] != Fit::other_dtype, element("grads", i), " must be a dense float32 tensor on the CPU");
+    if (fits_[i] == Fit::other_layout) {
       other_layout.push_back(static_cast<int64_t>(i));
     }
-    grads_[i] = static_cast<const float*>(grad.data);
-    pointers_[i] = {static_cast<float*>(param.data), grads_[i], static_cast<float*>(exp_avg.data),
-                    static_cast<float*>(exp_avg_sq.data)};
   }
   return true;
 }
@@ -133,11 +157,10 @@ int64_t AdamWPlan::first_nonfinite() const {
 }
 
 void AdamWPlan::step(const std::vector<AdamWGroup>& groups, double clip_coef) {
-  std::vector<double> step_of(steps_.size());
-  for (size_t i = 0; i < steps_.size(); ++i) {
-    float* count = fp32(steps_[i]);
-    *count += 1.0f;
-    step_of[i] = *count;
+  std::vector<double> step_of(counts_.size());
+  for (size_t i = 0; i < counts_.size(); ++i) {
+    *counts_[i] += 1.0f;
+    step_of[i] = *counts_[i];
   }
   fill_constants(groups, groups_, step_of, clip_coef, constants_);
   adamw_over_chunks(table_, pointers_, constants_);

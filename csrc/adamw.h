@@ -35,11 +35,12 @@ class AdamWPlan {
  public:
   using Tensors = std::vector<torch::stable::Tensor>;
 
-  AdamWPlan(const Tensors& params, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors steps, std::vector<int64_t> groups);
+  AdamWPlan(Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors steps, std::vector<int64_t> groups);
 
-  // Looks at this step's parameters and gradients. False: a parameter's storage no longer fits, build a new plan.
-  // `other_layout` gets the numbers of gradients that must first be copied into their parameter's layout.
-  bool set_gradients(const OwnedHandles& params, const OwnedHandles& grads, std::vector<int64_t>& other_layout);
+  // Looks at this step's gradients, and again at parameters and moments: `tensor.data = other` moves any of them.
+  // False: one no longer fits, build a new plan. `other_layout` gets the numbers of gradients that must first be
+  // copied into their parameter's layout.
+  bool set_gradients(const OwnedHandles& grads, std::vector<int64_t>& other_layout);
 
   // Sum of squares of all gradients, in double. Fixed shape: the same bits for any number of threads.
   double sum_of_squares();
@@ -51,11 +52,20 @@ class AdamWPlan {
   void step(const std::vector<AdamWGroup>& groups, double clip_coef);
 
  private:
-  Tensors exp_avgs_, exp_avg_sqs_, steps_;
+  enum class Fit : char { as_it_is, other_layout, other_dtype, not_at_all };
+
+  // Takes the addresses of one parameter, its state and its gradient. Writes to no list but at place i.
+  Fit look_at(size_t i, AtenTensorHandle gradient);
+
+  Tensors params_, exp_avgs_, exp_avg_sqs_, steps_;
   std::vector<int64_t> groups_;
+  // Sizes, then strides, of each parameter when the plan was made.
+  std::vector<std::vector<int64_t>> layouts_;
   ChunkTable table_;
   std::vector<AdamWPointers> pointers_;
   std::vector<const float*> grads_;
+  std::vector<float*> counts_;
+  std::vector<Fit> fits_;
   std::vector<AdamWStep> constants_;
   std::vector<double> partial_;
 };

@@ -4,6 +4,7 @@
 
 #include "adamw.h"
 #include "cpu_target.h"
+#include "held_state.h"
 
 namespace py = pybind11;
 
@@ -52,15 +53,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("build_info", &build_info);
   module.def("cpu_target", [] { return std::string(pyft::cpu_target_name(pyft::cpu_target())); });
   module.def("set_cpu_target", &pyft::set_cpu_target, py::arg("name"));
+  py::class_<pyft::HeldState>(module, "HeldState")
+      .def(py::init<const py::list&, std::vector<int64_t>, py::dict, py::tuple>())
+      .def("gradients", &pyft::HeldState::gradients);
   py::class_<pyft::AdamWPlan>(module, "AdamWPlan")
       .def(py::init([](const py::list& params, const py::list& exp_avgs, const py::list& exp_avg_sqs,
                        const py::list& steps, std::vector<int64_t> groups) {
         return pyft::AdamWPlan(take(params), take(exp_avgs), take(exp_avg_sqs), take(steps), std::move(groups));
       }))
       .def("set_gradients",
-           [](pyft::AdamWPlan& plan, const py::list& params, const py::list& grads) -> py::object {
+           [](pyft::AdamWPlan& plan, const py::list& grads) -> py::object {
              std::vector<int64_t> other_layout;
-             const bool fits = plan.set_gradients(borrow(params), borrow(grads), other_layout);
+             const bool fits = plan.set_gradients(borrow(grads), other_layout);
              return fits ? py::cast(other_layout) : py::none();
            })
       .def("sum_of_squares",

@@ -1,11 +1,10 @@
 #include "grad_norm.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <cmath>
 
 #include "cpu_target.h"
 #include "grad_norm_cpu.h"
+#include "parallel.h"
 #include "tensor_checks.h"
 
 namespace pyft {
@@ -14,11 +13,9 @@ void sum_of_squares_per_chunk(const ChunkTable& table, const std::vector<const f
                               std::vector<double>& partial) {
   partial.resize(table.chunks.size());
   cpu_target();  // an unusable PYFT_CPU_TARGET is reported here, not inside the parallel region
-  torch::stable::parallel_for(0, table.num_tasks(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t c = table.task_begin[begin]; c < table.task_begin[end]; ++c) {
-      const Chunk& chunk = table.chunks[c];
-      partial[c] = sum_of_squares_cpu(data[chunk.tensor] + chunk.offset, chunk.length);
-    }
+  for_each_chunk(table, [&](int64_t c) {
+    const Chunk& chunk = table.chunks[c];
+    partial[c] = sum_of_squares_cpu(data[chunk.tensor] + chunk.offset, chunk.length);
   });
 }
 

@@ -5,6 +5,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/macros.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -41,7 +42,8 @@ struct TensorView {
   int32_t dtype, device_type;
 
   bool is_fp32_cpu() const {
-    return dtype == aoti_torch_dtype_float32() && device_type == aoti_torch_device_type_cpu();
+    static const int32_t fp32 = aoti_torch_dtype_float32(), cpu = aoti_torch_device_type_cpu();
+    return dtype == fp32 && device_type == cpu;
   }
 };
 
@@ -57,6 +59,36 @@ inline TensorView view_of(AtenTensorHandle tensor) {
   view.sizes = sizes;
   view.strides = strides;
   return view;
+}
+
+// Fetches what view_of will read. Only a hint: the record's address is the first word behind the handle, and if that
+// should change in another torch, a prefetch of any address does no harm.
+inline void fetch_record(AtenTensorHandle tensor) {
+  const char* record = *reinterpret_cast<const char* const*>(tensor);
+  for (int line = 0; line < 4; ++line) {
+    __builtin_prefetch(record + 64 * line);
+  }
+}
+
+inline bool is_one_number(const TensorView& t) {
+  for (int64_t d = 0; d < t.dim; ++d) {
+    if (t.sizes[d] != 1) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// Sizes, then strides.
+inline std::vector<int64_t> layout_of(const TensorView& t) {
+  std::vector<int64_t> layout(t.sizes, t.sizes + t.dim);
+  layout.insert(layout.end(), t.strides, t.strides + t.dim);
+  return layout;
+}
+
+inline bool has_layout(const TensorView& t, const std::vector<int64_t>& layout) {
+  return layout.size() == static_cast<size_t>(2 * t.dim) && std::equal(t.sizes, t.sizes + t.dim, layout.begin()) &&
+         std::equal(t.strides, t.strides + t.dim, layout.begin() + t.dim);
 }
 
 // Sizes are equal, and strides are wherever a dimension has more than one entry.

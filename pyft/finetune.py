@@ -265,11 +265,11 @@ def start(job: Job, config: dict[str, Any], unfinished: Path | None) -> RunDir:
 def train_stages(job: Job, run: RunDir, show: Progress, *, resumed: bool) -> tuple[History, FreezePlan]:
     """Train all stages. Afterwards the model holds the best weights, nothing is frozen any more, all is verified."""
     batch_size, seed = job.arguments["batch_size"], job.settings.seed
-    plans: list[FreezePlan] = []
+    plans: dict[str, FreezePlan] = {}
 
     def prepare(stage: Stage) -> StageSetup:
         plan = freeze(job.model, stage.freeze)
-        plans.append(plan)
+        plans[stage.name] = plan
         setup = StageSetup(
             trainable=[(name, value) for name, value in job.model.named_parameters() if value.requires_grad],
             batches=job.batches,
@@ -300,11 +300,17 @@ def train_stages(job: Job, run: RunDir, show: Progress, *, resumed: bool) -> tup
             resume_from=last if resumed and last.exists() else None, resume_hint=resume_hint(job, run),
         )  # fmt: skip
     finally:
-        plan = plans[-1] if plans else make_plan(job.model, job.stages[-1].freeze)
-        plan.release(job.model)
+        for plan in plans.values():
+            plan.release(job.model)
+    kept = job.stages[-1] if history.best_row is None else named_stage(job, history.best_row["stage"])
     run.seconds["train"] = sum(stage["seconds"]["train"] for stage in history.stages)
     run.seconds["validate"] = sum(stage["seconds"]["evaluate"] for stage in history.stages)
-    return history, plan
+    return history, plans.get(kept.name) or make_plan(job.model, kept.freeze)
+
+
+def named_stage(job: Job, name: str) -> Stage:
+    """The stage of that name."""
+    return next(stage for stage in job.stages if stage.name == name)
 
 
 def nothing_trained(run: RunDir) -> bool:

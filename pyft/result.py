@@ -31,7 +31,7 @@ class Result:
         per_class: precision, recall, f1, support of each class, on the test set if given, else on validation data.
         confusion: (C, C) int64, rows are the true classes, of the same samples as `per_class`; None for regression.
         classes: label names in the order of the model's outputs; None for regression.
-        plan: what was trained in the last stage.
+        plan: what was trained in the stage of the best epoch.
         run_dir: the folder of the run.
         onnx: the exported model, or None.
         parity: comparison of the ONNX file with PyTorch: differences, agreement, batch sizes; None without export.
@@ -77,10 +77,13 @@ class Result:
             name = getattr(self.preprocess, "__name__", "preprocess")
             data = repr(self.data_source) if self.data_source else "data"
             return [f"pyft.evaluate({str(where)!r}, {data}, preprocess={name})"] if self.onnx is not None else []
-        target, data = shlex.quote(str(where)), shlex.quote(self.data_source or "DATA")
-        sample = {"text": "'a text'", "image": "picture.jpg", "array": "X.npy"}[self.kind]
+        if self.data_source is None:
+            sample = {"text": "['a text']", "image": "['picture.jpg']", "array": "X"}[self.kind]
+            return [f"pyft.evaluate({str(where)!r}, data)", f"pyft.predict({str(where)!r}, {sample})"]
+        target, data = shlex.quote(str(where)), shlex.quote(self.data_source)
+        sample = {"text": "'a text'", "image": "picture.jpg", "array": data}[self.kind]
         commands = [f"pyft eval {target} {data}", f"pyft predict {target} {sample}"]
-        if self.onnx is None and self.data_source is not None:
+        if self.onnx is None:
             commands.append(f"pyft export {shlex.quote(str(self.run_dir))}")
         return commands
 
@@ -98,7 +101,7 @@ class Result:
     __repr__ = __str__
 
     def plan_line(self) -> str:
-        """How much of the model was trained in the last stage."""
+        """How much of the model was trained in the stage whose weights it holds."""
         if self.plan is None:
             return ""
         return f"{self.plan.num_trainable:,} of {self.plan.num_total:,} parameters trained ({self.plan.share:.2%})"

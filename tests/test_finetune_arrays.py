@@ -139,7 +139,7 @@ class TestMlp:
     def test_the_table_has_the_next_commands(self, tuned: Any) -> None:
         result, _, _ = tuned
         text = str(result)
-        assert f"pyft eval {result.onnx} DATA" in text
+        assert f"pyft.evaluate({str(result.onnx)!r}, data)" in text
         assert f"{result.metrics['val_accuracy']:.4f}" in text
         assert len(text.splitlines()) <= 20
 
@@ -166,6 +166,19 @@ def test_convolutions_with_frozen_batch_norm(run_dir: Path) -> None:
     assert result.plan.trainable == ["head.weight", "head.bias"]
     assert result.metrics["val_accuracy"] > 0.6
     assert "features" in result.seconds
+
+
+def test_the_plan_is_that_of_the_best_epoch(run_dir: Path) -> None:
+    stages = [
+        pyft.Stage("head", freeze=["0", "1"], epochs=10, kind="head"),
+        pyft.Stage("too far", epochs=1, lr_scale=1e4),
+    ]
+    result = tune(mlp(), blobs(), run_dir, strategy=stages, lr=5e-2)
+    assert [row["stage"] for row in result.history] == ["head"] * 10 + ["too far"]
+    assert result.metrics["val_accuracy"] > result.history[-1]["val_accuracy"]
+    assert result.plan is not None
+    assert result.plan.trainable == ["4.weight", "4.bias"]
+    assert all(parameter.requires_grad for parameter in result.model.parameters())
 
 
 def test_lstm_on_token_numbers(run_dir: Path) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import repeat
-from operator import is_not
 from typing import Any
 
 import torch
+from torch.optim.optimizer import _global_optimizer_post_hooks as _global_post_hooks
+from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hooks
 
 from pyft.errors import NonFiniteError
 from pyft.ops.adamw import check_parameter
@@ -120,13 +120,25 @@ class AdamW(torch.optim.Optimizer):
         # torch keeps three names here; the plan holds addresses, which a copy must not share.
         return {**super().__getstate__(), "clip_norm": self.clip_norm, "last_step": self.last_step}
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient; returns what `closure` returns, or None.
 
         Raises:
             NonFiniteError: `clip_norm` is set and the total norm is NaN or inf. Nothing was written, no counter moved.
         """
+        if self._is_observed():
+            return self._observed_step(closure)
+        return self._step(closure)
+
+    # Keeps torch from wrapping every step in a profiler range, which takes longer than the update of a small model.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _is_observed(self) -> bool:
+        hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+        return bool(hooks or _global_pre_hooks or _global_post_hooks) or torch.autograd._profiler_enabled()
+
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -142,25 +154,25 @@ class AdamW(torch.optim.Optimizer):
         self.last_step = LastStep(total_norm, coef)
         return loss
 
+    _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
+
     def _plan_of_this_step(self) -> StepPlan:
-        params: list[torch.Tensor] = []
-        groups: list[int] = []
-        for number, group in enumerate(self.param_groups):
-            params += group["params"]
-            groups += [number] * len(group["params"])
-        grads: list[Any] = [param.grad for param in params]
-        if not all(map(is_not, grads, repeat(None))):
-            present = [i for i, grad in enumerate(grads) if grad is not None]
-            params, groups = [params[i] for i in present], [groups[i] for i in present]
-            grads = [grads[i] for i in present]
-        if self._plan is None or not self._plan.serves(params, groups, self.state):
-            self._plan = self._build_plan(params, groups)
-        if not self._plan.take(grads):
-            self._plan = self._build_plan(params, groups)
-            self._plan.take(grads)
+        if self._plan is not None:
+            known = self._plan.gradients(self.param_groups, self.state)
+            if known is not None and self._plan.take(known):
+                return self._plan
+        self._plan = self._build_plan()
+        grads: list[Any] = [param.grad for param in self._plan.params]
+        self._plan.take(grads)
         return self._plan
 
-    def _build_plan(self, params: list[torch.Tensor], groups: list[int]) -> StepPlan:
+    def _build_plan(self) -> StepPlan:
+        params: list[Any] = []
+        groups: list[int] = []
+        for number, group in enumerate(self.param_groups):
+            present = [param for param in group["params"] if param.grad is not None]
+            params += present
+            groups += [number] * len(present)
         for i, param in enumerate(params):
             check_parameter(param, f"parameter {i}")
             state = self.state[param]

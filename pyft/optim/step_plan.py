@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from pyft.ops.adamw import adamw_reference_, in_layout_of
 from pyft.ops.grad_norm import grad_norm_reference, runs_on_core
 from pyft.ops.handles import handles_available, tensor_handles
 
-STATE_KEYS = tuple(itemgetter(key) for key in ("exp_avg", "exp_avg_sq", "step"))
+STATE_KEYS = ("exp_avg", "exp_avg_sq", "step")
 Hyperparameters = tuple[float, float, float, float, float, bool]
 
 
@@ -29,12 +28,10 @@ class StepPlan:
 
     def __init__(self, params: list[torch.Tensor], groups: list[int], state: dict[Any, Any]) -> None:
         self.params, self.groups = params, groups
-        self.states = [state[param] for param in params]
-        # Looking a tensor up in a dict costs a call of Tensor.__hash__ in Python; comparing all values does not.
-        self.every_state = list(state.values())
-        self.held = self._held_state()
-        exp_avgs, exp_avg_sqs, steps = self.held
+        self.held = [[state[param][key] for param in params] for key in STATE_KEYS]
+        exp_avgs, exp_avg_sqs, _ = self.held
         core = load_core() if handles_available() else None
+        self.held_state = None if core is None else core.HeldState(params, groups, state, STATE_KEYS)
         self.fast: list[int] = []
         self.slow: list[int] = []
         for i, param in enumerate(params):
@@ -49,26 +46,13 @@ class StepPlan:
         self.relaid: list[torch.Tensor] = []
         self.core_plan = None
         if core is not None and self.fast:
-            lists = [self.fast_params] + [[held[i] for i in self.fast] for held in (exp_avgs, exp_avg_sqs, steps)]
-            handles = [tensor_handles([tensor.detach() for tensor in tensors]) for tensors in lists]
-            self.core_plan = core.AdamWPlan(*handles, [groups[i] for i in self.fast])
+            lists = [self.fast_params] + [[held[i] for i in self.fast] for held in self.held]
+            self.core_plan = core.AdamWPlan(*map(tensor_handles, lists), [groups[i] for i in self.fast])
 
-    def _held_state(self) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-        states = self.states
-        return [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [s["step"] for s in states]
-
-    def serves(self, params: list[torch.Tensor], groups: list[int], state: dict[Any, Any]) -> bool:
-        """Whether these are still the parameters, groups and state tensors that the plan was made for."""
-        if len(params) != len(self.params) or groups != self.groups or not all(map(is_, params, self.params)):
-            return False
-        if len(state) != len(self.every_state) or not all(map(is_, state.values(), self.every_state)):
-            return False
-        try:
-            return all(
-                all(map(is_, map(key, self.states), held)) for key, held in zip(STATE_KEYS, self.held, strict=True)
-            )
-        except KeyError:
-            return False
+    def gradients(self, param_groups: list[dict[str, Any]], state: dict[Any, Any]) -> list[torch.Tensor] | None:
+        """The gradients of `params`; None when the parameters that have one, their groups or any of their state
+        tensors are no longer those of this plan, or there is no core to tell it quickly."""
+        return None if self.held_state is None else self.held_state.gradients(param_groups, state)
 
     def take(self, grads: list[torch.Tensor]) -> bool:
         """Take this step's gradients; False when a parameter's storage has changed and a new plan is needed.
@@ -88,12 +72,12 @@ class StepPlan:
         if self.core_plan is None:
             return True
         fast = grads if self.all_fast else [grads[i] for i in self.fast]
-        other_layout = self.core_plan.set_gradients(tensor_handles(self.fast_params), tensor_handles(fast))
+        other_layout = self.core_plan.set_gradients(tensor_handles(fast))
         if other_layout:
             for i in other_layout:
                 fast[i] = in_layout_of(self.fast_params[i], fast[i])
             self.relaid = fast
-            other_layout = self.core_plan.set_gradients(tensor_handles(self.fast_params), tensor_handles(fast))
+            other_layout = self.core_plan.set_gradients(tensor_handles(fast))
         return other_layout is not None
 
     def total_norm(self) -> float:
@@ -113,9 +97,10 @@ class StepPlan:
     def step(self, groups: Sequence[Hyperparameters], clip_coef: float) -> None:
         """Advance the counters and update all parameters and moments."""
         if self.core_plan is not None:
-            self.core_plan.step(groups, clip_coef)
-            # Raw writes are unseen by autograd: without this a saved, now stale weight is used in silence.
+            # Raw writes are unseen by autograd: without this a saved, now stale weight is used in silence. Before the
+            # update, which drives the parameters' records out of the cache.
             torch.autograd.graph.increment_version(self.fast_params)
+            self.core_plan.step(groups, clip_coef)
         exp_avgs, exp_avg_sqs, steps = self.held
         coef = None if clip_coef == 1.0 else torch.tensor(clip_coef, dtype=torch.float64)
         for i in self.slow:

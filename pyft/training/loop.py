@@ -274,7 +274,7 @@ class _StageTraining:
         row["seconds"] = at.seconds
         run.history.rows.append(row)
         record["epochs"] += 1
-        best = bool(metrics) and self._keep_best(metric_value(metrics, run.history.metric))
+        best = bool(metrics) and self._keep_best(metric_value(metrics, run.history.metric), row)
         if isinstance(self.stepper.schedule, PlateauSchedule):
             self.stepper.schedule.epoch_end(metrics[run.history.metric] if metrics else train_loss)
         at.epoch, at.stage_epoch, at.batch = at.epoch + 1, at.stage_epoch + 1, 0
@@ -325,13 +325,19 @@ class _StageTraining:
         self.run.model.train()
         return {name: float(value) for name, value in metrics.items()}
 
-    def _keep_best(self, value: float) -> bool:
+    def _keep_best(self, value: float, row: Row) -> bool:
         run, at, history = self.run, self.run.position, self.run.history
         if is_better(value, at.stage_best, self.higher):
             at.stage_best, at.bad_epochs = value, 0
         else:
             at.bad_epochs += 1
-        if not is_better(value, history.best_value, self.higher):
+        # Small validation sets give many ties; among them the lower loss generalises better.
+        before = history.best_row
+        if before is not None and value == history.best_value:
+            better = is_better(row.get("val_loss", math.inf), before.get("val_loss", math.inf), higher=False)
+        else:
+            better = is_better(value, history.best_value, self.higher)
+        if not better:
             return False
         history.best_value, history.best_epoch = value, at.epoch + 1
         run.save_best()

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pyft.errors import NonFiniteError
 from pyft.optim import AdamW
@@ -166,9 +167,29 @@ def test_state_moved_in_place_is_seen(backend: str) -> None:
         if step == 3:
             moment = a.state[ours[2]]["exp_avg"]
             moment.data = moment.data.to(memory_format=torch.channels_last)
+        if step == 4:
+            count = a.state[ours[1]]["step"]
+            count.data = count.data.double()
         a.step()
         b.step()
     assert_same(ours, theirs)
+    # What the optimizer would save is what it used.
+    for mine, other in zip(ours, theirs, strict=True):
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            assert_same([a.state[mine][key].double()], [b.state[other][key].double()])
+
+
+def test_parameter_and_state_of_another_size(backend: str) -> None:
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = AdamW([param])
+    param.grad = torch.ones(3)
+    optimizer.step()
+    param.data = torch.ones(5)
+    for key in ("exp_avg", "exp_avg_sq"):
+        optimizer.state[param][key].data = torch.zeros(5)
+    param.grad = torch.ones(5)
+    optimizer.step()
+    assert bool((param != 1.0).all())
 
 
 def test_each_parameter_counts_its_own_steps(backend: str) -> None:
@@ -402,3 +423,24 @@ def test_refused_group_leaves_the_optimizer_as_it_was() -> None:
     with pytest.raises(ValueError, match="lr must be"):
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "lr": -1.0})
     assert len(optimizer.param_groups) == 1
+
+
+def test_hooks_and_profiler_see_every_step() -> None:
+    params = parameters()
+    optimizer = AdamW(params)
+    give_gradients(params, params, seed=0)
+    calls: list[str] = []
+    handles = [
+        optimizer.register_step_pre_hook(lambda *_: calls.append("before")),
+        optimizer.register_step_post_hook(lambda *_: calls.append("after")),
+        register_optimizer_step_post_hook(lambda *_: calls.append("global")),
+    ]
+    assert optimizer.step(lambda: 3.0) == 3.0
+    assert calls == ["before", "after", "global"]
+    for handle in handles:
+        handle.remove()
+    optimizer.step()
+    assert len(calls) == 3
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+    assert [event.count for event in profile.key_averages() if event.key == "Optimizer.step#AdamW.step"] == [1]

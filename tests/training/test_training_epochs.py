@@ -74,6 +74,16 @@ def test_the_best_epoch_is_what_the_model_holds(run_dir: Path) -> None:
     assert history.best_row == history.rows[1]
 
 
+def test_a_tie_is_broken_by_the_loss(run_dir: Path) -> None:
+    values = iter([(0.5, 1.0), (0.9, 0.8), (0.9, 0.6), (0.9, float("nan")), (0.9, 0.7), (0.4, 0.1)])
+
+    def evaluate() -> dict[str, float]:
+        return dict(zip(("score", "loss"), next(values), strict=True))
+
+    history = run(net(), run_dir, epochs=6, lr=0.1, metric="score", evaluate=evaluate)
+    assert history.best_epoch == 3
+
+
 @pytest.mark.parametrize(("metric", "best"), [("score", 2), ("loss", 1)])
 def test_losses_are_best_when_low(metric: str, best: int, run_dir: Path) -> None:
     remaining = iter([0.1, 0.3, 0.2])

@@ -1,0 +1,83 @@
+#include "held_state.h"
+
+#include <utility>
+
+namespace py = pybind11;
+
+namespace pyft {
+namespace {
+
+// Borrowed, or null. A missing key is no error here.
+PyObject* item(const py::dict& dict, const py::handle& key) {
+  PyObject* value = PyDict_GetItemWithError(dict.ptr(), key.ptr());
+  if (value == nullptr && PyErr_Occurred() != nullptr) {
+    throw py::error_already_set();
+  }
+  return value;
+}
+
+}  // namespace
+
+HeldState::HeldState(const py::list& params, std::vector<int64_t> groups, py::dict state, py::tuple keys)
+    : groups_(std::move(groups)), keys_(std::move(keys)) {
+  for (const auto& [param, of_param] : state) {
+    every_state_.push_back(py::reinterpret_borrow<py::object>(of_param));
+  }
+  for (const py::handle& param : params) {
+    params_.push_back(py::reinterpret_borrow<py::object>(param));
+    states_.push_back(state[param].cast<py::dict>());
+    for (const py::handle& key : keys_) {
+      tensors_.push_back(states_.back()[key]);
+    }
+  }
+}
+
+bool HeldState::same_state(const py::dict& state) const {
+  if (state.size() != every_state_.size()) {
+    return false;
+  }
+  // Looking a tensor up in a dict would call Tensor.__hash__, which is Python; the order of values is enough.
+  PyObject *param = nullptr, *of_param = nullptr;
+  Py_ssize_t position = 0;
+  for (size_t i = 0; PyDict_Next(state.ptr(), &position, &param, &of_param) != 0; ++i) {
+    if (of_param != every_state_[i].ptr()) {
+      return false;
+    }
+  }
+  size_t next = 0;
+  for (const py::dict& of_one : states_) {
+    for (const py::handle& key : keys_) {
+      if (item(of_one, key) != tensors_[next++].ptr()) {
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
+py::object HeldState::gradients(const py::list& param_groups, const py::dict& state) const {
+  if (!same_state(state)) {
+    return py::none();
+  }
+  const py::str params_key("params"), grad_name("grad");
+  py::list grads;
+  size_t next = 0;
+  int64_t number = 0;
+  for (const py::handle& group : param_groups) {
+    for (const py::handle& param : group[params_key].cast<py::list>()) {
+      py::object grad = param.attr(grad_name);
+      if (grad.is_none()) {
+        continue;
+      }
+      if (next == params_.size() || param.ptr() != params_[next].ptr() || groups_[next] != number) {
+        return py::none();
+      }
+      ++next;
+      grads.append(std::move(grad));
+    }
+    ++number;
+  }
+  return next == params_.size() ? py::object(std::move(grads)) : py::object(py::none());
+}
+
+}  // namespace pyft

@@ -1,0 +1,44 @@
+// One parallel region over a chunk table, in which no thread waits for a slower one.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+#include "chunks.h"
+
+namespace pyft {
+
+// Tasks of one worker that nobody has begun yet. A cache line each.
+struct alignas(64) TaskRange {
+  std::atomic<int64_t> next{0};
+  int64_t end = 0;
+};
+
+// Calls work(c) for each chunk c. A worker begins with its own share, the same in every call, so that what one pass
+// left in its cache serves the next; then it takes over tasks of those that other programs on the machine slow down.
+template <class Work>
+void for_each_chunk(const ChunkTable& table, const Work& work) {
+  const int64_t tasks = table.num_tasks();
+  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), tasks);
+  std::vector<TaskRange> ranges(workers);
+  for (int64_t w = 0; w < workers; ++w) {
+    ranges[w].next = w * tasks / workers;
+    ranges[w].end = (w + 1) * tasks / workers;
+  }
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t turn = begin * workers; turn < end * workers; ++turn) {
+      TaskRange& range = ranges[(turn / workers + turn % workers) % workers];
+      for (int64_t t = range.next++; t < range.end; t = range.next++) {
+        for (int64_t c = table.task_begin[t]; c < table.task_begin[t + 1]; ++c) {
+          work(c);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace pyft
