@@ -65,7 +65,7 @@ def copy_exported(exported: Path, target: Path) -> Iterator[str]:
 def export_opened(opened: OpenRun, samples: Samples, target: Path) -> Iterator[str]:
     """Export, compare on `samples`, and say so; the report is <name>.parity.json, parity.json for model.onnx."""
     from pyft.data.batches import Batches
-    from pyft.export.onnx import export_onnx
+    from pyft.export.onnx import export_onnx, run_metadata
     from pyft.export.parity import check_parity
     from pyft.models.call import call_model
     from pyft.preprocess import spec_of
@@ -76,7 +76,8 @@ def export_opened(opened: OpenRun, samples: Samples, target: Path) -> Iterator[s
     )
     export_onnx(
         opened.module, next(iter(few.epoch(0))).inputs, target, classes=opened.classes, task=opened.problem,
-        kind=opened.kind, preprocess=spec_of(opened.preprocess), metadata={"pyft.run": opened.path.resolve().name},
+        kind=opened.kind, preprocess=spec_of(opened.preprocess),
+        metadata=run_metadata(opened.path.resolve().name, opened.config["data"].get("columns")),
     )  # fmt: skip
     report = target.with_name("parity.json" if target.name == "model.onnx" else f"{target.stem}.parity.json")
     parity = check_parity(

@@ -23,15 +23,15 @@ def prediction_lines(
     """
     from pyft.evaluate import predict
 
-    kind, classes = describe_model(model)
-    names, raw = READERS[kind](words, text_column)
+    kind, classes, columns = describe_model(model)
+    names, raw = READERS[kind](words, columns if kind == "array" else text_column)
     rows = predict(model, raw, batch_size=batch_size, text_column=text_column)
     for name, row in zip(names, rows, strict=True):
         yield json_line(name, row, classes) if as_json else text_line(name, row)
 
 
-def describe_model(model: Path) -> tuple[str, list[str] | None]:
-    """Kind of input and class names of a run or an ONNX file.
+def describe_model(model: Path) -> tuple[str, list[str] | None, list[str] | None]:
+    """Kind of input, class names and names of table columns of a run or an ONNX file.
 
     Raises:
         ConfigError: neither, or a file that does not say what it takes.
@@ -40,7 +40,7 @@ def describe_model(model: Path) -> tuple[str, list[str] | None]:
 
     if is_run(model):
         config = read_config(model)
-        return config["data"]["kind"], config["classes"]
+        return config["data"]["kind"], config["classes"], config["data"].get("columns")
     if model.suffix != ".onnx":
         state = "is neither" if model.exists() else "does not exist"
         raise ConfigError(f"{model} {state}; expected the folder of a run or a .onnx file")
@@ -49,7 +49,7 @@ def describe_model(model: Path) -> tuple[str, list[str] | None]:
     meta = OnnxModel(model).meta
     if meta.kind not in READERS:
         raise ConfigError(f"{model} does not say what it takes, as files made by pyft do; use pyft.predict(..., task=)")
-    return meta.kind, meta.classes
+    return meta.kind, meta.classes, meta.columns
 
 
 def read_texts(words: Sequence[str], text_column: str | None) -> tuple[list[str], list[str]]:
@@ -60,7 +60,7 @@ def read_texts(words: Sequence[str], text_column: str | None) -> tuple[list[str]
         if word == "-":
             texts += _lines(sys.stdin.read(), "standard input")
         elif path.suffix.lower() in TABLES and _is_file(path):
-            texts += _table(path, "text", text_column)
+            texts += _table(path, "text", text_column, None)
         elif _is_file(path):
             texts += _lines(_decoded(path), str(path))
         elif path.suffix.lower() in (*TABLES, ".txt") and " " not in word:
@@ -89,8 +89,8 @@ def read_images(words: Sequence[str], text_column: str | None) -> tuple[list[str
     return [str(path) for path in paths], paths
 
 
-def read_arrays(words: Sequence[str], text_column: str | None) -> tuple[list[str], Any]:
-    """Rows of .npy files and tables, one after the other, as one tensor (N, ...)."""
+def read_arrays(words: Sequence[str], columns: Sequence[str] | None) -> tuple[list[str], Any]:
+    """Rows of .npy files and tables, one after the other, as one tensor (N, ...); of tables the features `columns`."""
     import torch
 
     names: list[str] = []
@@ -99,7 +99,7 @@ def read_arrays(words: Sequence[str], text_column: str | None) -> tuple[list[str
         path = Path(word)
         if not path.is_file():
             raise DataError(f"{word}: no such file; the model takes .npy arrays (N, ...) and tables of numbers")
-        rows = _table(path, "array", None) if path.suffix.lower() in TABLES else _array(path)
+        rows = _table(path, "array", None, columns) if path.suffix.lower() in TABLES else _array(path)
         parts.append(torch.as_tensor(rows))
         names += [f"{word}:{number}" for number in range(len(rows))]
     shapes = sorted({tuple(part.shape[1:]) for part in parts})
@@ -133,10 +133,10 @@ def _lines(text: str, name: str) -> list[str]:
     return lines
 
 
-def _table(path: Path, kind: Any, text_column: str | None) -> Any:
+def _table(path: Path, kind: Any, text_column: str | None, columns: Sequence[str] | None) -> Any:
     from pyft.data.sources import read_source
 
-    return read_source(path, kind, text_column, None, labels_required=False).inputs
+    return read_source(path, kind, text_column, None, labels_required=False, columns=columns).inputs
 
 
 def _array(path: Path) -> Any:

@@ -107,8 +107,9 @@ def predict(
     kind = subject.kind or read_source(raw, None, text_column, None, labels_required=False).kind
     known = subject.classes if subject.problem != "regression" else None
     samples = load_samples(
-        raw, kind=kind, problem="classification", classes=known, text_column=text_column, labels="optional"
-    ) if not _is_table(raw) else _table_without_labels(raw, kind, text_column)  # fmt: skip
+        raw, kind=kind, problem="classification", classes=known, text_column=text_column, labels="optional",
+        columns=subject.columns,
+    ) if not _is_table(raw) else _table_without_labels(raw, kind, text_column, subject.columns)  # fmt: skip
     samples = replace(samples, targets=None)
     check_samples(samples, samples.name)
     subject = replace(subject, kind=kind, preprocess=_checked_preprocess(subject, kind))
@@ -125,8 +126,8 @@ def _is_table(raw: Any) -> bool:
     return isinstance(raw, (str, os.PathLike)) and str(raw).lower().endswith((".tsv", ".csv"))
 
 
-def _table_without_labels(raw: Any, kind: Kind, text_column: str | None) -> Samples:
-    found = read_source(raw, kind, text_column, None, labels_required=False)
+def _table_without_labels(raw: Any, kind: Kind, text_column: str | None, columns: Sequence[str] | None) -> Samples:
+    found = read_source(raw, kind, text_column, None, labels_required=False, columns=columns)
     return Samples(found.kind, found.inputs, None, found.name)
 
 
@@ -166,6 +167,7 @@ class Subject:
         kind, problem, classes, preprocess: None where the model does not keep them.
         module: the module behind `call`, None for an ONNX file.
         needs_preprocess: the model was made with a function that no file keeps.
+        columns: names of the table columns that the model takes, in its order; None where it was not tuned on a table.
     """
 
     call: Callable[[Any], Any]
@@ -176,6 +178,7 @@ class Subject:
     preprocess: Any
     module: nn.Module | None = None
     needs_preprocess: bool = False
+    columns: tuple[str, ...] | None = None
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
@@ -204,9 +207,10 @@ def open_subject(model: Model, task: str, preprocess: Any, classes: Sequence[str
 def _open(model: Model, backend: Backend) -> Subject:
     if isinstance(model, Result):
         if backend != "onnx":
-            return _module_subject(
+            subject = _module_subject(
                 model.model, "the result", model.kind, model.problem, model.classes, model.preprocess
             )
+            return replace(subject, columns=model.columns)
         if model.onnx is None:
             raise ConfigError("backend='onnx': the run was not exported; tune with export='onnx'")
         return replace(_onnx_subject(model.onnx), preprocess=model.preprocess)
@@ -236,7 +240,10 @@ def _open_path(path: Path, backend: Backend) -> Subject:
         return _onnx_subject(exported)
     run = open_run(path)
     subject = _module_subject(run.module, str(path), run.kind, run.problem, run.classes, run.preprocess)
-    return replace(subject, needs_preprocess=run.preprocess is None)
+    columns = run.config["data"].get("columns")
+    return replace(
+        subject, needs_preprocess=run.preprocess is None, columns=None if columns is None else tuple(columns)
+    )
 
 
 def _module_subject(
@@ -261,6 +268,7 @@ def _onnx_subject(path: Path) -> Subject:
         meta.classes,
         preprocess_of(spec),
         needs_preprocess=spec is not None and spec.get("kind") == "callable",
+        columns=None if meta.columns is None else tuple(meta.columns),
     )
 
 
@@ -278,7 +286,7 @@ def labelled(subject: Subject, data: Any, text_column: str | None, label_column:
     assert subject.problem is not None
     samples = load_samples(
         data, kind=subject.kind, problem=subject.problem, classes=subject.classes, text_column=text_column,
-        label_column=label_column,
+        label_column=label_column, columns=subject.columns,
     )  # fmt: skip
     return replace(subject, preprocess=_checked_preprocess(subject, subject.kind)), samples
 

@@ -22,7 +22,7 @@ from pyft.errors import CheckpointError, ExportError, PyftError
 from pyft.evaluation.metrics import Metrics
 from pyft.evaluation.pictures import can_draw, draw_confusion, draw_curves
 from pyft.evaluation.predict import evaluate_batches
-from pyft.export.onnx import export_onnx
+from pyft.export.onnx import export_onnx, run_metadata
 from pyft.export.parity import Parity, check_parity
 from pyft.freezing.plan import FreezePlan, freeze, make_plan
 from pyft.head_features import Call, compute_features, no_features_reason
@@ -218,6 +218,7 @@ def make_config(job: Job) -> dict[str, Any]:
             "num_train": len(data.train),
             "num_val": 0 if data.val is None else len(data.val),
             "num_test": 0 if data.test is None else len(data.test),
+            "columns": data.train.columns and list(data.train.columns),
         },
         "classes": data.classes,
         "settings": describe_settings(job.settings),
@@ -389,6 +390,7 @@ def evaluate_tuned(job: Job, run: RunDir, history: History, plan: FreezePlan) ->
         notes=(*job.notes, *history.notes),
         preprocess=job.preprocess,
         data_source=held_out_source(job),
+        columns=data.train.columns,
     )
 
 
@@ -417,7 +419,7 @@ def export_tuned(job: Job, run: RunDir, result: Result, show: Progress) -> None:
         with timed(run.seconds, "export"):
             export_onnx(
                 job.model, job.example.inputs, path, classes=job.data.classes, task=job.task, kind=job.data.kind,
-                preprocess=spec, metadata={"pyft.run": run.path.name},
+                preprocess=spec, metadata=run_metadata(run.path.name, job.data.train.columns),
             )  # fmt: skip
         with timed(run.seconds, "parity"):
             parity = compare(job, path, run / "parity.json")

@@ -37,6 +37,7 @@ class Result:
         parity: comparison of the ONNX file with PyTorch: differences, agreement, batch sizes; None without export.
         seconds: time spent per part of the story.
         notes: what was said about the data and the model.
+        columns: names of the table columns that the model takes, in its order; None for other data.
     """
 
     model: nn.Module
@@ -55,6 +56,7 @@ class Result:
     notes: tuple[str, ...] = ()
     preprocess: Any = None
     data_source: str | None = None
+    columns: tuple[str, ...] | None = None
 
     def predict(self, raw: Any, *, batch_size: int = 64) -> list[dict[str, Any]]:
         """Predictions for raw samples, as `pyft.predict` gives them."""

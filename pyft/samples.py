@@ -23,12 +23,14 @@ class Samples:
         targets: (N,) int64 class index; (N,) or (N, K) float32 for regression; (N, C) float32 of 0 and 1
             for multilabel; None where there are no labels (prediction).
         name: where they came from, for messages ("train.tsv", "X").
+        columns: names of the features where `inputs` are columns of a table; None else.
     """
 
     kind: Kind
     inputs: Sequence[Any] | torch.Tensor
     targets: torch.Tensor | None
     name: str = "data"
+    columns: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.inputs)

@@ -181,6 +181,28 @@ def test_the_plan_is_that_of_the_best_epoch(run_dir: Path) -> None:
     assert all(parameter.requires_grad for parameter in result.model.parameters())
 
 
+def test_a_table_s_columns_may_come_in_any_order(run_dir: Path, tmp_path: Path, capsys: Any) -> None:
+    from pyft.cli import main
+
+    X, y = blobs(width=3)
+    rows = [[*map(str, values), f"c{label}"] for values, label in zip(X.tolist(), y.tolist(), strict=True)]
+    table, other = tmp_path / "train.csv", tmp_path / "other.csv"
+    table.write_text("\n".join(",".join(row) for row in [["a", "b", "c", "species"], *rows]))
+    shuffled = [[row[3], row[2], "7", row[0], row[1]] for row in rows]
+    other.write_text("\n".join(",".join(row) for row in [["species", "c", "spare", "a", "b"], *shuffled]))
+    result = tune(mlp(3), table, run_dir, label_column="species", export="onnx", epochs=8, lr=2e-2, strategy="full")
+    want = [row["label"] for row in pyft.predict(result, X)]
+    for model in (result, result.onnx):
+        assert [row["label"] for row in pyft.predict(model, other)] == want
+        same, moved = (pyft.evaluate(model, path, label_column="species") for path in (table, other))
+        assert (same.confusion == moved.confusion).all()
+    assert main(["predict", str(result.onnx), str(other)]) == 0
+    assert [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()] == want
+    other.write_text("a,c\n1,2\n")
+    with pytest.raises(pyft.errors.DataError, match="missing: 'b'"):
+        pyft.predict(result.onnx, other)
+
+
 def test_lstm_on_token_numbers(run_dir: Path) -> None:
     tokens = torch.randint(0, 20, (120, 5), generator=torch.Generator().manual_seed(0))
     labels = ["high" if row[-1] >= 10 else "low" for row in tokens.tolist()]

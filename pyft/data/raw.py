@@ -25,6 +25,7 @@ class Raw:
         class_names: the classes, where the source fixes them (folders, `Dataset.classes`).
         from_table: labels were read from a text file, where numbers are written as text.
         notes: lines worth telling the user.
+        columns: names of the features of a table of numbers, in the order of `inputs`.
     """
 
     kind: Kind
@@ -35,6 +36,7 @@ class Raw:
     class_names: list[str] | None = None
     from_table: bool = False
     notes: list[str] = field(default_factory=list)
+    columns: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.inputs)

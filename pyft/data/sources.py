@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,7 +97,7 @@ def load_data(
     targets = make_targets(train, problem)
     notes += targets.notes
     sets: dict[str, Samples | None] = {
-        "train": Samples(train.kind, train.inputs, targets.values, train.name),
+        "train": Samples(train.kind, train.inputs, targets.values, train.name, train.columns),
         "val": None,
         "test": None,
     }
@@ -142,7 +142,7 @@ def _beside(raw: Raw, train: Raw, problem: Problem, classes: list[str] | None, r
             f"{raw.name}: samples have shape {tuple(raw.inputs[0].shape)}, the training samples "
             f"{tuple(train.inputs[0].shape)}"
         )
-    return Samples(raw.kind, raw.inputs, targets.values, raw.name)
+    return Samples(raw.kind, raw.inputs, targets.values, raw.name, raw.columns)
 
 
 def _split(
@@ -172,9 +172,12 @@ def read_parts(
         sources, notes = _folder_parts(Path(data), kind)
     else:
         sources = {"train": data}
-    parts = {}
-    for role, source in sources.items():
-        raw = read_source(source, kind, text_column, label_column, labels_required=True)
+    parts: dict[str, Raw] = {}
+    for role in ("train", "val", "test"):
+        if role not in sources:
+            continue
+        columns = parts["train"].columns if role != "train" else None
+        raw = read_source(sources[role], kind, text_column, label_column, labels_required=True, columns=columns)
         if len(sources) > 1 and raw.name in ("X", "data"):
             raw.name = f"{role} {raw.name}"
         parts[role] = raw
@@ -227,22 +230,29 @@ def _folder_parts(folder: Path, kind: Kind | None) -> tuple[dict[str, Path], lis
 
 
 def read_source(
-    source: Any, kind: Kind | None, text_column: str | None, label_column: str | None, *, labels_required: bool
+    source: Any,
+    kind: Kind | None,
+    text_column: str | None,
+    label_column: str | None,
+    *,
+    labels_required: bool,
+    columns: Sequence[str] | None = None,
 ) -> Raw:
-    """The samples of one set, labels as they came.
+    """The samples of one set, labels as they came; of a table the features `columns`, where these are known.
 
     Raises:
         DataError: the source cannot be read, or its type is not supported.
     """
     if isinstance(source, str | os.PathLike):
-        return _path_samples(Path(source), kind, text_column, label_column, labels_required)
+        return _path_samples(Path(source), kind, text_column, label_column, labels_required, columns)
     if isinstance(source, DataLoader):
         dataset, notes = loader_dataset(source)
         raw = dataset_samples(dataset, kind)
         raw.notes = notes + raw.notes
         return raw
     if hasattr(source, "columns") and (hasattr(source, "to_numpy") or hasattr(source, "__dataframe__")):
-        return table_samples(frame_table(source, "DataFrame"), kind, text_column, label_column, labels_required)
+        table = frame_table(source, "DataFrame")
+        return table_samples(table, kind, text_column, label_column, labels_required, columns)
     two_arrays = (
         labels_required
         and isinstance(source, list)
@@ -282,7 +292,12 @@ def _sequence_samples(source: Any, kind: Kind | None, labels_required: bool) -> 
 
 
 def _path_samples(
-    path: Path, kind: Kind | None, text_column: str | None, label_column: str | None, labels_required: bool
+    path: Path,
+    kind: Kind | None,
+    text_column: str | None,
+    label_column: str | None,
+    labels_required: bool,
+    columns: Sequence[str] | None,
 ) -> Raw:
     check_exists(path, "data")
     if path.is_dir():
@@ -292,7 +307,7 @@ def _path_samples(
             )
         return folder_samples(path, labels_required=labels_required)
     if path.suffix.lower() in TABLE_SUFFIXES:
-        return table_samples(read_table(path), kind, text_column, label_column, labels_required)
+        return table_samples(read_table(path), kind, text_column, label_column, labels_required, columns)
     if path.suffix.lower() in IMAGE_SUFFIXES and not labels_required:
         return Raw("image", [path], None, path.name)
     raise DataError(
@@ -310,6 +325,7 @@ def load_samples(
     text_column: str | None = None,
     label_column: str | None = None,
     labels: Literal["required", "optional"] = "required",
+    columns: Sequence[str] | None = None,
 ) -> Samples:
     """One set to evaluate or predict, its labels read by the meaning that `classes` fixes.
 
@@ -317,6 +333,7 @@ def load_samples(
         source: as `data` of `load_data`, one set; with labels "optional" also bare inputs: a list of texts, a text, an
             image file, a folder of images without class folders, an array X.
         classes: label names in the order of the class index; None for regression.
+        columns: the features of a table that the model takes, in its order; None: all, as they stand.
         labels: "required", or "optional": targets are None where the source has no labels.
 
     Raises:
@@ -334,13 +351,13 @@ def load_samples(
             f"{source}: expected one set, got a folder"
             + (f" with {listed(tables)}; give one of these files" if tables else " without a table")
         )
-    raw = read_source(source, kind, text_column, label_column, labels_required=not optional)
+    raw = read_source(source, kind, text_column, label_column, labels_required=not optional, columns=columns)
     if raw.kind != kind and not (raw.kind == "array" and kind == "image"):
         raise DataError(f"{raw.name}: holds {raw.kind} inputs, the model takes {kind} inputs")
     if raw.labels is None and not optional:
         raise DataError(f"{raw.name}: no labels; give (X, y), or a table with a label column")
     targets = None if raw.labels is None else make_targets(raw, problem, classes).values
-    samples = Samples(raw.kind, raw.inputs, targets, raw.name)
+    samples = Samples(raw.kind, raw.inputs, targets, raw.name, raw.columns)
     if raw.kind != "image":
         check_samples(samples, raw.name)
     return samples

@@ -258,9 +258,17 @@ def _is_float(value: str) -> bool:
 
 
 def table_samples(
-    table: Table, kind: Kind | None, text_column: str | None, label_column: str | None, label_required: bool
+    table: Table,
+    kind: Kind | None,
+    text_column: str | None,
+    label_column: str | None,
+    label_required: bool,
+    columns: Sequence[str] | None = None,
 ) -> Raw:
     """Inputs and labels of a table: texts, or float32 features (N, columns).
+
+    Args:
+        columns: the features that the model takes, in its order, where they are known; the table may hold others.
 
     Raises:
         DataError: a column is missing, a text is blank, a feature column holds text, or a cell holds no number.
@@ -271,6 +279,8 @@ def table_samples(
             f"labels)"
         )
     _check_header(table, text_column, label_column)
+    if columns is not None:
+        kind = "array"
     text, label = find_columns(table, kind, text_column, label_column, label_required)
     labels = None if label is None else _label_cells(table, label, label_required)
     notes = list(table.notes)
@@ -289,11 +299,37 @@ def table_samples(
         )
     features = {name: values for name, values in table.columns.items() if name != label}
     numbering = [name for name in features if _is_row_numbering(name, features[name])]
-    for name in numbering:
-        del features[name]
-        notes.append(f"{table.name}: the column {name!r} only numbers the rows and is left out")
-    inputs = _feature_matrix(table, features)
-    return Raw("array", inputs, labels, table.name, table.lines, from_table=table.lines is not None, notes=notes)
+    if columns is None:
+        for name in numbering:
+            del features[name]
+            notes.append(f"{table.name}: the column {name!r} only numbers the rows and is left out")
+    else:
+        unknown = [name for name in features if name not in columns and name not in numbering]
+        features = _named_features(table, columns)
+        if unknown and label_required:
+            notes.append(f"{table.name}: columns that the model does not take, not used: {listed(unknown)}")
+    return Raw(
+        "array",
+        _feature_matrix(table, features),
+        labels,
+        table.name,
+        table.lines,
+        from_table=table.lines is not None,
+        notes=notes,
+        columns=tuple(features),
+    )
+
+
+def _named_features(table: Table, columns: Sequence[str]) -> dict[str, Any]:
+    """The columns that the model takes, in its order: by position they could be mixed up in silence."""
+    missing = [name for name in columns if name not in table.columns]
+    if missing:
+        raise DataError(
+            f"{table.name}: {counted(len(missing), 'feature column')} that the model was trained on "
+            f"{'is' if len(missing) == 1 else 'are'} missing: {listed(missing)}"
+            f"{nearest(missing[0], list(table.columns))}; it has {listed(list(table.columns), 12)}"
+        )
+    return {name: table.columns[name] for name in columns}
 
 
 def _check_header(table: Table, text_column: str | None, label_column: str | None) -> None:
@@ -323,7 +359,7 @@ def _label_cells(table: Table, label: str, required: bool) -> Any:
     empty = [row for row, cell in enumerate(cells) if not cell]
     if not empty:
         return cells
-    if not required and len(empty) == len(cells):
+    if not required:
         return None
     raise DataError(
         f"{table.name}: the label column {label!r} is empty in {counted(len(empty), 'row')}, first at "

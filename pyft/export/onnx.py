@@ -195,6 +195,11 @@ def _given_entries(
     return entries
 
 
+def run_metadata(run: str, columns: Sequence[str] | None) -> dict[str, Any]:
+    """What `metadata` says of a run: its name, and the table columns that the model takes."""
+    return {"pyft.run": run} if columns is None else {"pyft.run": run, "pyft.columns": list(columns)}
+
+
 def _found_entries(model: torch.nn.Module, proto: Any, free: FreeDims, onnx_version: str) -> dict[str, str]:
     """The metadata that the model, the graph and this machine give. No time and no path: same model, same bytes."""
     entries = {

@@ -39,6 +39,7 @@ class OnnxMeta:
         kind: "text", "image", "array" or "".
         classes: names in the order of the logits, or None.
         preprocess: the preprocessing spec (JSON object), or None.
+        columns: names of the table columns behind the input's features, or None.
         notes: lines about the export, such as a dimension that had to be fixed.
         versions: package to version, of the machine that exported.
         extra: every metadata entry of the file, as text.
@@ -48,6 +49,7 @@ class OnnxMeta:
     kind: str = ""
     classes: list[str] | None = None
     preprocess: dict[str, Any] | None = None
+    columns: list[str] | None = None
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     extra: dict[str, str] = field(default_factory=dict)
@@ -149,11 +151,13 @@ def read_meta(entries: Mapping[str, str], source: str) -> OnnxMeta:
         ExportError: an entry of pyft is not what pyft writes.
     """
     classes = _json(entries, "pyft.classes", list, source)
+    columns = _json(entries, "pyft.columns", list, source)
     return OnnxMeta(
         task=entries.get("pyft.task", ""),
         kind=entries.get("pyft.kind", ""),
         classes=None if classes is None else [str(name) for name in classes],
         preprocess=_json(entries, "pyft.preprocess", dict, source),
+        columns=None if columns is None else [str(name) for name in columns],
         notes=_json(entries, "pyft.notes", list, source) or [],
         versions={k.removesuffix(".version"): v for k, v in entries.items() if k.endswith(".version")},
         extra=dict(entries),

@@ -168,6 +168,28 @@ def test_numeric_table(tmp_path: Path) -> None:
     assert any("only numbers the rows" in note for note in data.notes)
 
 
+def test_features_go_by_name_not_by_place(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("a,b,y\n1,2,x\n3,4,z\n5,6,x\n7,8,z\n")
+    (tmp_path / "test.csv").write_text("y,b,spare,a\nx,20,0,10\nz,40,1,30\n")
+    data = load_data(tmp_path, val=0)
+    assert data.test is not None
+    assert data.train.columns == data.test.columns == ("a", "b")
+    assert np.asarray(data.test.inputs).tolist() == [[10, 20], [30, 40]]
+    assert any("not used: 'spare'" in note for note in data.notes)
+    (tmp_path / "test.csv").write_text("y,B,a\nx,20,10\nz,40,30\n")
+    with pytest.raises(DataError, match=r"test\.csv: 1 feature column that the model was trained on is missing: 'b'"):
+        load_data(tmp_path, val=0)
+
+
+def test_labels_are_not_looked_at_where_they_are_not_needed(tmp_path: Path) -> None:
+    path = tmp_path / "some.csv"
+    path.write_text("text,label\nhello,card\nyou,\n")
+    fixed = {"kind": "text", "problem": "classification", "classes": ["card", "top_up"]}
+    assert load_samples(path, labels="optional", **fixed).targets is None  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="label column 'label' is empty in 1 row"):
+        load_samples(path, **fixed)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
