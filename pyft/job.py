@@ -16,6 +16,7 @@ from pyft.data.checks import check_data
 from pyft.data.sources import load_data
 from pyft.errors import ConfigError, need
 from pyft.evaluation.predict import evaluate_batches
+from pyft.freezing.norms import batch_norm_note
 from pyft.freezing.plan import make_plan
 from pyft.models.call import call_model, check_outputs, probing
 from pyft.models.head import WIDTH_ATTRIBUTES, HeadReport, fit_head
@@ -131,6 +132,9 @@ def inspect(arguments: Mapping[str, Any]) -> Job:
         make_plan(loaded.module, arguments["freeze"])  # a name without a match is told, whatever the strategy
         stages = choose_stages(arguments, head, notes)
         plans = try_plans(loaded.module, stages)
+        kept = make_plan(loaded.module, stages[-1].freeze).eval_modules
+        note = batch_norm_note(loaded.module, kept, len(data.train), arguments["batch_size"])
+        notes += [note] if note else []
         precision, note = choose_forward_precision(loaded.module, data, preprocess, settings, stages, device)
         notes += [note] if note else []
     return Job(
