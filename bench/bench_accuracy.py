@@ -85,13 +85,14 @@ def test_flowers5(benchmark, record, shared_data: Path, tmp_path: Path) -> None:
     result = pyft.finetune(
         model,
         {"train": shared_data / "flowers5" / "train"},
-        val=0.1,
+        # 800 pictures: none can be spared, so the last epoch counts.
+        val=None,
         preprocess=lite0_input,
-        augment="flip",
+        augment="crop",
         # Statistics of 32 pictures are worse than those of ImageNet.
         freeze="*_bn[0-2]",
         strategy="gradual",
-        epochs=10,
+        epochs=12,
         label_smoothing=0.1,
         precision="bf16",
         out=tmp_path / "run",

@@ -34,6 +34,7 @@ from pyft.result import MAIN_METRICS, Result
 from pyft.run_dir import RunDir
 from pyft.training.checkpoint import load_checkpoint
 from pyft.training.history import History
+from pyft.training.layout import channels_last
 from pyft.training.loop import StageSetup, train
 from pyft.training.progress import Progress, make_progress
 from pyft.training.settings import describe as describe_settings
@@ -224,6 +225,7 @@ def make_config(job: Job) -> dict[str, Any]:
         "settings": describe_settings(job.settings),
         "stages": [describe(stage) for stage in job.stages],
         "forward_precision": job.forward_precision,
+        "channels_last": job.channels_last,
         "repeat": repeat_commands(arguments, defaults),
     }
 
@@ -243,6 +245,7 @@ def start(job: Job, config: dict[str, Any], unfinished: Path | None) -> RunDir:
             load_state(run / "start.safetensors", job.model)
         # What a timing decided then must not be decided otherwise now.
         job.forward_precision = stored["forward_precision"]
+        job.channels_last = stored.get("channels_last", False)
         return run
     run = run_dir.create(job.arguments["out"], job.task)
     try:
@@ -295,11 +298,12 @@ def train_stages(job: Job, run: RunDir, show: Progress, *, resumed: bool) -> tup
 
     last = run / "last.pt"
     try:
-        history = train(
-            job.model, job.stages, prepare, job.settings, job.objective,
-            directory=run.path, device=job.device, progress=show,
-            resume_from=last if resumed and last.exists() else None, resume_hint=resume_hint(job, run),
-        )  # fmt: skip
+        with channels_last(job.model, job.channels_last):
+            history = train(
+                job.model, job.stages, prepare, job.settings, job.objective,
+                directory=run.path, device=job.device, progress=show,
+                resume_from=last if resumed and last.exists() else None, resume_hint=resume_hint(job, run),
+            )  # fmt: skip
     finally:
         for plan in plans.values():
             plan.release(job.model)

@@ -25,6 +25,7 @@ from pyft.models.load import LoadedModel, load_model
 from pyft.preprocess import choose_preprocess
 from pyft.run_dir import fingerprint_state, is_run, open_run
 from pyft.samples import Batch, Data, Kind
+from pyft.training.layout import channels_last, choose_layout, convolution_weights
 from pyft.training.objectives import Objective, class_weights, make_loss
 from pyft.training.precision import bf16_hardware, choose_precision
 from pyft.training.settings import Settings, resolve
@@ -35,6 +36,9 @@ EXAMPLE_SIZE = 4
 PROBE_BATCH = 16
 WORTH_A_PROBE = 500
 """Training samples from which on it pays to find out which precision runs them faster."""
+WORTH_A_TRIAL = 2000
+"""Samples, over all epochs, from which on it pays to find out which memory layout runs them faster."""
+TRIAL_BATCH = 8
 EVALUATION_BATCH = 64
 
 
@@ -55,6 +59,7 @@ class Job:
         example: a few samples of the training data, on the CPU.
         before: the model as it came.
         forward_precision: "fp32" or "bf16", of passes without gradient during training.
+        channels_last: whether convolutions are trained with their channels last in memory.
         notes: lines for the user.
     """
 
@@ -75,6 +80,7 @@ class Job:
     example: Batch
     before: Untouched
     forward_precision: str = "fp32"
+    channels_last: bool = False
     plans: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -135,13 +141,16 @@ def inspect(arguments: Mapping[str, Any]) -> Job:
         kept = make_plan(loaded.module, stages[-1].freeze).eval_modules
         note = batch_norm_note(loaded.module, kept, len(data.train), arguments["batch_size"])
         notes += [note] if note else []
-        precision, note = choose_forward_precision(loaded.module, data, preprocess, settings, stages, device)
+        last, note = choose_memory_layout(loaded.module, data, preprocess, settings, stages, device)
+        notes += [note] if note else []
+        with channels_last(loaded.module, last):
+            precision, note = choose_forward_precision(loaded.module, data, preprocess, settings, stages, device)
         notes += [note] if note else []
     return Job(
         arguments=arguments, data=data, model=loaded.module, loaded=loaded, spec=architecture(loaded.module),
         preprocess=preprocess, head=head, settings=settings, objective=objective, stages=stages,
         num_outputs=num_outputs, device=device, batches=batches, val_batches=val_batches,
-        example=example, forward_precision=precision, plans=plans, notes=notes, before=before,
+        example=example, forward_precision=precision, channels_last=last, plans=plans, notes=notes, before=before,
     )  # fmt: skip
 
 
@@ -413,6 +422,23 @@ def choose_forward_precision(
     with probing(model):
         precision, reason = choose_precision("auto", device, probe)
     return precision, f"passes without gradient: {reason}" if precision == "bf16" else None
+
+
+def choose_memory_layout(
+    model: nn.Module, data: Data, preprocess: Any, settings: Settings, stages: list[Stage], device: torch.device
+) -> tuple[bool, str | None]:
+    """Whether to train with channels last, tried on a few samples where the job is long enough to win the time back."""
+    samples = len(data.train) * sum(stage.epochs for stage in stages)
+    if samples < WORTH_A_TRIAL or not convolution_weights(model):
+        return False, None
+    batch = first_batch(data, preprocess, TRIAL_BATCH)
+    inputs = to_device(batch.inputs, device)
+
+    def forward() -> torch.Tensor:
+        with autocast(device, settings.precision):
+            return call_model(model, inputs)
+
+    return choose_layout(model, forward, device, samples // TRIAL_BATCH)
 
 
 @contextlib.contextmanager
