@@ -1,4 +1,4 @@
-"""Which samples form which batch in an epoch: a function of (seed, epoch), with near-minimal padding for texts."""
+"""Which samples form which batch in an epoch: a function of (seed, epoch), with little padding for texts."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pyft.data.randomness import permutation, random_keys
 POOL_BATCHES = 100
 """Batches sorted by length together; a set of up to one and a half times as many is sorted whole."""
 
-# A set sorted whole needs more noise on its lengths for batches that differ between epochs. On banking77 at batch 32
-# both cost about 3 % more tokens than fully sorted texts.
-_NOISE_WHOLE, _NOISE_POOLS = 0.1, 0.02
+# Lengths are stretched at random by up to this share before sorting. Batches of one length are no fair samples of the
+# data: on 2,000 texts of banking77, tuned whole with three seeds each, 0.1 gave an accuracy of 0.881 on 4,001 others
+# and 0.5 one of 0.884, for 16 % more tokens; without sorting there are 170 % more.
+_NOISE = 0.5
 
 _PERMUTE, _JITTER, _PLACE, _SHUFFLE = 1, 2, 3, 4
 
@@ -57,7 +58,7 @@ def shuffled_batches(
     pool = np.full(count, pools)
     pool[: ends[-1]] = np.repeat(pool_of_batch, sizes)
     noise = random_keys(count, seed, epoch, _JITTER) / 2.0**64
-    keys = lengths[order] * (1.0 + (_NOISE_WHOLE if pools == 1 else _NOISE_POOLS) * noise)
+    keys = lengths[order] * (1.0 + _NOISE * noise)
     order = order[np.lexsort((keys, pool))]
     batches = np.split(order[: ends[-1]], ends[:-1])
     return [batches[number] for number in permutation(len(batches), seed, epoch, _SHUFFLE)]

