@@ -283,8 +283,10 @@ def test_interrupt_and_resume(work: SimpleNamespace, tmp_path: Path) -> None:
         "2000", "--strategy", "full", "--lr", "0.001", "--export", "none", "--out", "long", "--patience", "1",
     ]  # fmt: skip
     running = subprocess.Popen(
-        command, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+        command, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        # pytest may run with SIGINT ignored (in the background of a shell), and its children would, too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     limit = time.monotonic() + 60
     while not (tmp_path / "long" / "last.pt").exists():
         assert running.poll() is None, running.communicate()

@@ -64,8 +64,14 @@ def start(out: Path, call: str, tmp_path: Path) -> subprocess.Popen[str]:
     script.write_text(f"{JOB}\nif __name__ == '__main__':\n    {call}\n")
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(REPOSITORY)}
     return subprocess.Popen(
-        [sys.executable, str(script), str(out)], env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path
-    )
+        [sys.executable, str(script), str(out)], env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        preexec_fn=listen_to_ctrl_c,
+    )  # fmt: skip
+
+
+def listen_to_ctrl_c() -> None:
+    """pytest may run with SIGINT ignored (in the background of a shell), and its children would, too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for_rows(out: Path, rows: int, process: subprocess.Popen[str]) -> None:
