@@ -94,6 +94,7 @@ def test_flowers5(benchmark, record, shared_data: Path, tmp_path: Path) -> None:
         strategy="gradual",
         epochs=12,
         label_smoothing=0.1,
+        precision="bf16",
         out=tmp_path / "run",
     )
     seconds = time.perf_counter() - began

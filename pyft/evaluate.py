@@ -107,10 +107,9 @@ def predict(
     kind = subject.kind or read_source(raw, None, text_column, None, labels_required=False).kind
     known = subject.classes if subject.problem != "regression" else None
     samples = load_samples(
-        raw, kind=kind, problem="classification", classes=known, text_column=text_column, labels="optional",
+        raw, kind=kind, problem="classification", classes=known, text_column=text_column, labels="ignored",
         columns=subject.columns,
-    ) if not _is_table(raw) else _table_without_labels(raw, kind, text_column, subject.columns)  # fmt: skip
-    samples = replace(samples, targets=None)
+    )  # fmt: skip
     check_samples(samples, samples.name)
     subject = replace(subject, kind=kind, preprocess=_checked_preprocess(subject, kind))
     batches = Batches(samples, subject.preprocess, batch_size, shuffle=False)
@@ -120,15 +119,6 @@ def predict(
 
 def _is_single_picture(raw: Any) -> bool:
     return hasattr(raw, "convert") and hasattr(raw, "mode")
-
-
-def _is_table(raw: Any) -> bool:
-    return isinstance(raw, (str, os.PathLike)) and str(raw).lower().endswith((".tsv", ".csv"))
-
-
-def _table_without_labels(raw: Any, kind: Kind, text_column: str | None, columns: Sequence[str] | None) -> Samples:
-    found = read_source(raw, kind, text_column, None, labels_required=False, columns=columns)
-    return Samples(found.kind, found.inputs, None, found.name)
 
 
 def rows_of(subject: Subject, predictions: Any, count: int) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from pyft.data.sources import load_data
 from pyft.errors import ConfigError, need
 from pyft.evaluation.predict import evaluate_batches
 from pyft.freezing.norms import batch_norm_note
-from pyft.freezing.plan import make_plan
+from pyft.freezing.plan import FreezePlan, make_plan
 from pyft.models.call import call_model, check_outputs, probing
 from pyft.models.head import WIDTH_ATTRIBUTES, HeadReport, fit_head
 from pyft.models.init import INIT, init_linear
@@ -138,7 +138,8 @@ def inspect(arguments: Mapping[str, Any]) -> Job:
         make_plan(loaded.module, arguments["freeze"])  # a name without a match is told, whatever the strategy
         stages = choose_stages(arguments, head, notes)
         plans = try_plans(loaded.module, stages)
-        kept = make_plan(loaded.module, stages[-1].freeze).eval_modules
+        kept = plans[stages[-1].name].eval_modules
+        printed = {name: str(plan) for name, plan in plans.items()}
         note = batch_norm_note(loaded.module, kept, len(data.train), arguments["batch_size"])
         notes += [note] if note else []
         last, note = choose_memory_layout(loaded.module, data, preprocess, settings, stages, device)
@@ -150,7 +151,7 @@ def inspect(arguments: Mapping[str, Any]) -> Job:
         arguments=arguments, data=data, model=loaded.module, loaded=loaded, spec=architecture(loaded.module),
         preprocess=preprocess, head=head, settings=settings, objective=objective, stages=stages,
         num_outputs=num_outputs, device=device, batches=batches, val_batches=val_batches,
-        example=example, forward_precision=precision, channels_last=last, plans=plans, notes=notes, before=before,
+        example=example, forward_precision=precision, channels_last=last, plans=printed, notes=notes, before=before,
     )  # fmt: skip
 
 
@@ -341,8 +342,8 @@ def choose_stages(arguments: Mapping[str, Any], head: HeadReport, notes: list[st
     return make_stages(strategy, arguments["epochs"], head.name, arguments["freeze"])
 
 
-def try_plans(model: nn.Module, stages: list[Stage]) -> dict[str, str]:
-    """The printed plan of every stage. Nothing is frozen yet.
+def try_plans(model: nn.Module, stages: list[Stage]) -> dict[str, FreezePlan]:
+    """The plan of every stage. Nothing is frozen yet.
 
     Raises:
         ConfigError: a name that matches nothing, or a stage in which nothing trains.
@@ -355,7 +356,7 @@ def try_plans(model: nn.Module, stages: list[Stage]) -> dict[str, str]:
                 f"freeze={stage.freeze!r}: all parameters are frozen in stage '{stage.name}', so nothing can train; "
                 "freeze fewer"
             )
-        plans[stage.name] = str(plan)
+        plans[stage.name] = plan
     return plans
 
 

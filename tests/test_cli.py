@@ -5,11 +5,12 @@ from __future__ import annotations
 import doctest
 import importlib
 import inspect
-import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,42 +18,25 @@ from pyft import cli, cli_arguments
 from pyft.cli import main
 from pyft.errors import ConfigError
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-DATA = REPOSITORY / "pyft" / "quickstart_data"
+DATA = Path(__file__).resolve().parents[1] / "pyft" / "quickstart_data"
 COMMANDS = ("train", "eval", "export", "predict", "resume", "doctor", "quickstart")
-
-
-def environment(**more: str) -> dict[str, str]:
-    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
-
-
-def shell(*words: str, **keywords: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pyft", *words],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=120,
-        **keywords,
-    )  # type: ignore[call-overload]
 
 
 # ---------------------------------------------------------------- words and help
 
 
-def test_help_and_version_import_nothing_heavy() -> None:
+def test_help_and_version_import_nothing_heavy(environment: dict[str, str]) -> None:
     code = (
         "import sys, contextlib\nfrom pyft.cli import main\n"
         "for words in (['--version'], ['--help'], ['train', '--help'], ['quickstart', '--help'], ['train']):\n"
         "    with contextlib.suppress(SystemExit): main(words)\n"
         "print(sorted({'torch', 'numpy', 'transformers', 'onnxruntime', 'rich'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_module_is_the_command() -> None:
+def test_module_is_the_command(shell: Callable[..., Any]) -> None:
     from pyft.version import __version__
 
     done = shell("--version")

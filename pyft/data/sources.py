@@ -324,17 +324,17 @@ def load_samples(
     classes: list[str] | None,
     text_column: str | None = None,
     label_column: str | None = None,
-    labels: Literal["required", "optional"] = "required",
+    labels: Literal["required", "ignored"] = "required",
     columns: Sequence[str] | None = None,
 ) -> Samples:
     """One set to evaluate or predict, its labels read by the meaning that `classes` fixes.
 
     Args:
-        source: as `data` of `load_data`, one set; with labels "optional" also bare inputs: a list of texts, a text, an
+        source: as `data` of `load_data`, one set; with labels "ignored" also bare inputs: a list of texts, a text, an
             image file, a folder of images without class folders, an array X.
         classes: label names in the order of the class index; None for regression.
         columns: the features of a table that the model takes, in its order; None: all, as they stand.
-        labels: "required", or "optional": targets are None where the source has no labels.
+        labels: "required", or "ignored": targets are None.
 
     Raises:
         DataError: as `load_data`; a label that `classes` lacks is named with its nearest; a text is blank, or a
@@ -342,8 +342,8 @@ def load_samples(
     """
     if isinstance(source, Mapping):
         raise DataError(f"data: expected one set, got a dict with {listed(list(source))}; give one of its values")
-    optional = labels == "optional"
-    if isinstance(source, str) and optional and kind == "text" and not _looks_like_path(source):
+    ignored = labels == "ignored"
+    if isinstance(source, str) and ignored and kind == "text" and not _looks_like_path(source):
         source = [source]
     if isinstance(source, str | os.PathLike) and Path(source).is_dir() and kind != "image":
         tables = sorted(entry.name for entry in Path(source).iterdir() if entry.suffix.lower() in TABLE_SUFFIXES)
@@ -351,12 +351,12 @@ def load_samples(
             f"{source}: expected one set, got a folder"
             + (f" with {listed(tables)}; give one of these files" if tables else " without a table")
         )
-    raw = read_source(source, kind, text_column, label_column, labels_required=not optional, columns=columns)
+    raw = read_source(source, kind, text_column, label_column, labels_required=not ignored, columns=columns)
     if raw.kind != kind and not (raw.kind == "array" and kind == "image"):
         raise DataError(f"{raw.name}: holds {raw.kind} inputs, the model takes {kind} inputs")
-    if raw.labels is None and not optional:
+    if raw.labels is None and not ignored:
         raise DataError(f"{raw.name}: no labels; give (X, y), or a table with a label column")
-    targets = None if raw.labels is None else make_targets(raw, problem, classes).values
+    targets = None if ignored else make_targets(raw, problem, classes).values
     samples = Samples(raw.kind, raw.inputs, targets, raw.name, raw.columns)
     if raw.kind != "image":
         check_samples(samples, raw.name)

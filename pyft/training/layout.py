@@ -28,15 +28,18 @@ def convolution_weights(model: nn.Module) -> list[nn.Parameter]:
 
 @contextlib.contextmanager
 def channels_last(model: nn.Module, wanted: bool = True) -> Iterator[None]:
-    """Inside, the weights of 2-D convolutions have their channels last, and so has what these give to later layers."""
-    weights = convolution_weights(model) if wanted else []
-    for weight in weights:
-        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    """Inside, the weights of 2-D convolutions have their channels last, and so has what these give to later layers.
+
+    Afterwards each weight is where it was in memory, with the new values: others may look at the same memory.
+    """
+    places = [(weight, weight.data) for weight in convolution_weights(model)] if wanted else []
+    for weight, place in places:
+        weight.data = place.contiguous(memory_format=torch.channels_last)
     try:
         yield
     finally:
-        for weight in weights:
-            weight.data = weight.data.contiguous()
+        for weight, place in places:
+            weight.data = place.copy_(weight.data)
 
 
 def choose_layout(

@@ -161,7 +161,7 @@ def test_list_of_paths_and_pictures(folder: Path) -> None:
     assert load_data((pictures, names), val=0).kind == "image"
     assert check_data(load_data((pictures, names), val=0)) == []
     assert load_data([(picture, name) for picture, name in zip(pictures, names, strict=True)], val=0).kind == "image"
-    flat = load_samples(paths[:2], kind="image", problem="classification", classes=data.classes, labels="optional")
+    flat = load_samples(paths[:2], kind="image", problem="classification", classes=data.classes, labels="ignored")
     assert (list(flat.inputs), flat.targets) == (paths[:2], None)
 
 
@@ -169,7 +169,7 @@ def test_folder_without_classes_to_predict(tmp_path: Path) -> None:
     draw(tmp_path / "new" / "b.png")
     draw(tmp_path / "new" / "a.jpg")
     samples = load_samples(
-        tmp_path / "new", kind="image", problem="classification", classes=["x", "y"], labels="optional"
+        tmp_path / "new", kind="image", problem="classification", classes=["x", "y"], labels="ignored"
     )
     assert [path.name for path in samples.inputs] == ["a.jpg", "b.png"]
     assert samples.targets is None

@@ -215,11 +215,11 @@ def test_numbers_as_positions_of_named_classes() -> None:
     assert samples.targets.tolist() == Y.tolist()
     with pytest.raises(DataError, match=r"1 label outside 0\.\.1, first 2 at row 3"):
         load_samples((X[:4], [0, 1, 0, 2]), **fixed)
-    assert load_samples(X, labels="optional", **fixed).targets is None
+    assert load_samples(X, labels="ignored", **fixed).targets is None
     with pytest.raises(DataError, match="X: 1 input NaN or infinite, in 1 row, first at row 1, column 0"):
         load_samples((np.array([[0.0, 1.0], [np.nan, 2.0]]), [0, 1]), **fixed)
     with pytest.raises(DataError, match="data: 1 of 2 texts blank, first at row 1"):
-        load_samples(["a", ""], kind="text", problem="classification", classes=["0", "1"], labels="optional")
+        load_samples(["a", ""], kind="text", problem="classification", classes=["0", "1"], labels="ignored")
 
 
 class Noisy(Dataset[Any]):

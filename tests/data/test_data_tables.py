@@ -185,7 +185,7 @@ def test_labels_are_not_looked_at_where_they_are_not_needed(tmp_path: Path) -> N
     path = tmp_path / "some.csv"
     path.write_text("text,label\nhello,card\nyou,\n")
     fixed = {"kind": "text", "problem": "classification", "classes": ["card", "top_up"]}
-    assert load_samples(path, labels="optional", **fixed).targets is None  # type: ignore[arg-type]
+    assert load_samples(path, labels="ignored", **fixed).targets is None  # type: ignore[arg-type]
     with pytest.raises(DataError, match="label column 'label' is empty in 1 row"):
         load_samples(path, **fixed)  # type: ignore[arg-type]
 
@@ -272,12 +272,12 @@ def test_load_samples_reads_labels_by_the_given_classes(tmp_path: Path) -> None:
     bare = tmp_path / "bare.csv"
     bare.write_text("text\nhello\nyou\n")
     fixed = {"kind": "text", "problem": "classification", "classes": ["card", "top_up"]}
-    assert load_samples(bare, labels="optional", **fixed).targets is None  # type: ignore[arg-type]
+    assert load_samples(bare, labels="ignored", **fixed).targets is None  # type: ignore[arg-type]
     with pytest.raises(DataError, match="no label column found"):
         load_samples(bare, **fixed)  # type: ignore[arg-type]
-    assert list(load_samples("just one text", labels="optional", **fixed).inputs) == ["just one text"]  # type: ignore[arg-type]
+    assert list(load_samples("just one text", labels="ignored", **fixed).inputs) == ["just one text"]  # type: ignore[arg-type]
     with pytest.raises(DataError, match="no such file"):
-        load_samples("gone.tsv", labels="optional", **fixed)  # type: ignore[arg-type]
+        load_samples("gone.tsv", labels="ignored", **fixed)  # type: ignore[arg-type]
 
 
 def test_banking77(shared_data: Path) -> None:

@@ -1,28 +1,11 @@
-"""The core in its states: each CPU target that this machine runs, and the PyTorch reference."""
+"""The core on each CPU target that this machine runs, and with several threads."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 
 import pytest
 import torch
-
-from pyft.core import loader
-
-
-def find_compiler() -> str | None:
-    return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-
-
-@pytest.fixture(scope="session")
-def core():
-    """The compiled core; a skip where there is no compiler, a failure where there is one."""
-    module = loader.load_core()
-    if module is None:
-        assert find_compiler() is None, "there is a compiler, but the core was not built: see pyft doctor"
-        pytest.skip("no compiler here, so no compiled core: see pyft doctor")
-    return module
 
 
 @pytest.fixture(params=["baseline", "avx2", "avx512"])
@@ -33,16 +16,6 @@ def cpu_target(request: pytest.FixtureRequest, core) -> Iterator[str]:
     core.set_cpu_target(request.param)
     yield request.param
     core.set_cpu_target("auto")
-
-
-@pytest.fixture(params=["core", "reference"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The compiled core, then the same calls where it could not be built."""
-    if request.param == "reference":
-        monkeypatch.setattr(loader, "load_core", lambda: None)
-    else:
-        request.getfixturevalue("core")
-    return request.param
 
 
 @pytest.fixture

@@ -64,6 +64,7 @@ def use_and_fail(model: nn.Module) -> None:
 
 def test_only_inside() -> None:
     model = Net().eval()
+    alias = model.body[0].weight.detach()
     identities, before = [id(p) for p in model.parameters()], state(model)
     with pytest.raises(KeyError):
         use_and_fail(model)
@@ -71,6 +72,10 @@ def test_only_inside() -> None:
     assert [id(p) for p in model.parameters()] == identities
     with channels_last(model, wanted=False):
         assert_untouched(model, before)
+    with channels_last(model), torch.no_grad():
+        model.body[0].weight += 1
+    assert torch.equal(alias, before[0][0][0] + 1)
+    assert alias.data_ptr() == model.body[0].weight.data_ptr()
 
 
 def test_a_layout_of_the_user_s_choice_stays() -> None:
@@ -156,6 +161,7 @@ def test_a_stopped_run_goes_on_with_the_layout_it_began_with(tmp_path: Path, mon
     with pytest.raises(KeyboardInterrupt):
         pyft.finetune(model, (x, y), out=tmp_path / "stopped", **options)
     handle.remove()
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
     monkeypatch.setattr("pyft.job.choose_memory_layout", lambda *_: (False, None))
     again = Net()
     pyft.finetune(again, (x, y), out=tmp_path / "stopped", **options)
