@@ -284,39 +284,31 @@ def table_samples(
     text, label = find_columns(table, kind, text_column, label_column, label_required)
     labels = None if label is None else _label_cells(table, label, label_required)
     notes = list(table.notes)
+    features: dict[str, Any] = {}
     if text is not None:
         unused = [name for name in table.columns if name not in (text, label)]
         if unused:
             notes.append(f"{table.name}: text from {text!r}, label from {label!r}; not used: {listed(unused)}")
-        return Raw(
-            "text",
-            _text_cells(table, text),
-            labels,
-            table.name,
-            table.lines,
-            from_table=table.lines is not None,
-            notes=notes,
-        )
-    features = {name: values for name, values in table.columns.items() if name != label}
-    numbering = [name for name in features if _is_row_numbering(name, features[name])]
-    if columns is None:
-        for name in numbering:
-            del features[name]
-            notes.append(f"{table.name}: the column {name!r} only numbers the rows and is left out")
-    else:
-        unknown = [name for name in features if name not in columns and name not in numbering]
+    elif columns is not None:
         features = _named_features(table, columns)
-        if unknown and label_required:
-            notes.append(f"{table.name}: columns that the model does not take, not used: {listed(unknown)}")
+        unused = [name for name in table.columns if name != label and name not in columns]
+        if unused and label_required:
+            notes.append(f"{table.name}: columns that the model does not take, not used: {listed(unused)}")
+    else:
+        for name, values in table.columns.items():
+            if name != label and _is_row_numbering(name, values):
+                notes.append(f"{table.name}: the column {name!r} only numbers the rows and is left out")
+            elif name != label:
+                features[name] = values
     return Raw(
-        "array",
-        _feature_matrix(table, features),
+        "array" if text is None else "text",
+        _feature_matrix(table, features) if text is None else _text_cells(table, text),
         labels,
         table.name,
         table.lines,
         from_table=table.lines is not None,
         notes=notes,
-        columns=tuple(features),
+        columns=tuple(features) if text is None else None,
     )
 
 
