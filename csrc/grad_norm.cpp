@@ -1,48 +1,196 @@
 #include "grad_norm.h"
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "cpu_target.h"
 #include "grad_norm_cpu.h"
+#include "grad_norm_math.h"
+#include "grad_norm_tensors.h"
 #include "parallel.h"
-#include "tensor_checks.h"
 
 namespace pyft {
+namespace {
 
-void sum_of_squares_per_chunk(const ChunkTable& table, const std::vector<const float*>& data,
-                              std::vector<double>& partial) {
+// partial[c] = value(data, offset, length) of chunk c.
+template <class Value>
+void reduce_chunks(const ChunkTable& table, const std::vector<FloatData>& data, std::vector<double>& partial,
+                   const Value& value) {
   partial.resize(table.chunks.size());
   cpu_target();  // an unusable PYFT_CPU_TARGET is reported here, not inside the parallel region
   for_each_chunk(table, [&](int64_t c) {
     const Chunk& chunk = table.chunks[c];
-    partial[c] = sum_of_squares_cpu(data[chunk.tensor] + chunk.offset, chunk.length);
+    partial[c] = value(data[chunk.tensor], chunk.offset, chunk.length);
   });
 }
 
-double add_in_order(const std::vector<double>& partial) {
+double add_over_tensors(const ChunkTable& table, const std::vector<double>& partial, size_t num_tensors) {
+  return add_sorted(sum_per_tensor(table, partial, static_cast<int64_t>(num_tensors)));
+}
+
+double largest_magnitude(const ChunkTable& table, const std::vector<FloatData>& data, std::vector<double>& partial) {
+  reduce_chunks(table, data, partial, largest_magnitude_cpu);
+  double largest = 0.0;
+  for (double magnitude : partial) {
+    largest = largest >= magnitude ? largest : magnitude;
+    if (std::isnan(magnitude)) {
+      return std::numeric_limits<double>::quiet_NaN();
+    }
+  }
+  return largest;
+}
+
+}  // namespace
+
+void sum_of_squares_per_chunk(const ChunkTable& table, const std::vector<FloatData>& data, float clip_value,
+                              std::vector<double>& partial) {
+  reduce_chunks(table, data, partial, [=](FloatData x, int64_t offset, int64_t length) {
+    return sum_of_squares_cpu(x, offset, length, clip_value);
+  });
+}
+
+std::vector<double> sum_per_tensor(const ChunkTable& table, const std::vector<double>& partial, int64_t num_tensors) {
+  std::vector<double> sums(num_tensors, 0.0);
+  for (size_t c = 0; c < partial.size(); ++c) {
+    sums[table.chunks[c].tensor] += partial[c];
+  }
+  return sums;
+}
+
+double add_sorted(std::vector<double> sums) {
+  // NaN has no place in an order.
+  if (std::any_of(sums.begin(), sums.end(), [](double sum) { return std::isnan(sum); })) {
+    return std::numeric_limits<double>::quiet_NaN();
+  }
+  std::sort(sums.begin(), sums.end());
   double total = 0.0;
-  for (double sum : partial) {
+  for (double sum : sums) {
     total += sum;
   }
   return total;
 }
 
-Tensor grad_norm(const std::vector<Tensor>& grads) {
-  std::vector<int64_t> numels(grads.size());
-  std::vector<const float*> data(grads.size());
-  for (size_t i = 0; i < grads.size(); ++i) {
-    check_fp32_cpu(grads[i], "grads", i);
-    STD_TORCH_CHECK(is_dense(grads[i]), element("grads", i), " has sizes ", to_string(grads[i].sizes()),
-                    " and strides ", to_string(grads[i].strides()),
-                    ", with gaps or overlaps; pass a contiguous copy, or use pyft.ops.grad_norm");
-    numels[i] = grads[i].numel();
-    data[i] = static_cast<const float*>(grads[i].const_data_ptr());
-  }
+double norm_over_chunks(const ChunkTable& table, const std::vector<FloatData>& data, double p) {
   std::vector<double> partial;
-  sum_of_squares_per_chunk(cut_into_chunks(numels), data, partial);
-  Tensor norm = torch::stable::empty({}, torch::headeronly::ScalarType::Float);
-  *static_cast<float*>(norm.mutable_data_ptr()) = static_cast<float>(std::sqrt(add_in_order(partial)));
-  return norm;
+  if (p == 2.0) {
+    sum_of_squares_per_chunk(table, data, INFINITY, partial);
+    return std::sqrt(add_over_tensors(table, partial, data.size()));
+  }
+  if (p == 1.0) {
+    reduce_chunks(table, data, partial, sum_of_magnitudes_cpu);
+    return add_over_tensors(table, partial, data.size());
+  }
+  const double largest = largest_magnitude(table, data, partial);
+  if (std::isinf(p) || largest == 0.0 || !std::isfinite(largest)) {
+    return largest;
+  }
+  reduce_chunks(table, data, partial, [=](FloatData x, int64_t offset, int64_t length) {
+    return sum_of_powers_cpu(x, offset, length, largest, p);
+  });
+  return largest * std::pow(add_over_tensors(table, partial, data.size()), 1.0 / p);
+}
+
+RowTable cut_into_rows(const std::vector<Rows>& matrices) {
+  RowTable rows;
+  std::vector<int64_t> numels;
+  for (int64_t i = 0; i < static_cast<int64_t>(matrices.size()); ++i) {
+    const Rows& m = matrices[i];
+    const int64_t together = std::max<int64_t>(1, kShortChunk / std::max<int64_t>(1, m.row_length));
+    for (int64_t first = 0; first < m.rows; first += together) {
+      rows.blocks.push_back({i, first, std::min(together, m.rows - first)});
+      numels.push_back(rows.blocks.back().rows * m.row_length);
+    }
+  }
+  rows.table = cut_into_chunks(numels);
+  return rows;
+}
+
+void sum_of_squares_per_row(const std::vector<Rows>& matrices, float clip_value,
+                            std::vector<std::vector<double>>& sums) {
+  const RowTable rows = cut_into_rows(matrices);
+  const std::vector<Chunk>& chunks = rows.table.chunks;
+  sums.resize(matrices.size());
+  for (size_t i = 0; i < matrices.size(); ++i) {
+    sums[i].assign(matrices[i].rows, 0.0);
+  }
+  std::vector<double> partial(chunks.size(), 0.0);
+  cpu_target();  // as above
+  for_each_chunk(rows.table, [&](int64_t c) {
+    const RowBlock& block = rows.blocks[chunks[c].tensor];
+    const Rows& m = matrices[block.matrix];
+    const int64_t begin = block.first_row * m.row_length + chunks[c].offset;
+    if (block.rows == 1) {
+      partial[c] = sum_of_squares_cpu(m.data, begin, chunks[c].length, clip_value);
+      return;
+    }
+    for (int64_t row = 0; row < block.rows; ++row) {
+      sums[block.matrix][block.first_row + row] =
+          sum_of_squares_cpu(m.data, begin + row * m.row_length, m.row_length, clip_value);
+    }
+  });
+  // Pieces of one row, in order. A row among others has its sum already.
+  for (size_t c = 0; c < chunks.size(); ++c) {
+    const RowBlock& block = rows.blocks[chunks[c].tensor];
+    sums[block.matrix][block.first_row] += partial[c];
+  }
+}
+
+double agc_factor(double grad_sum_of_squares, double param_sum_of_squares, double clipping, double eps) {
+  return agc_row_factor(grad_sum_of_squares, param_sum_of_squares, clipping, eps);
+}
+
+namespace {
+
+// Most tensors are: the general question costs a small tensor's whole norm.
+bool is_contiguous(const TensorView& t) {
+  int64_t expected = 1;
+  for (int64_t d = t.dim - 1; d >= 0; --d) {
+    if (t.sizes[d] != 1 && t.strides[d] != expected) {
+      return false;
+    }
+    expected *= t.sizes[d];
+  }
+  return true;
+}
+
+}  // namespace
+
+FloatData checked_data(const Tensor& tensor, const char* list, size_t index) {
+  STD_TORCH_CHECK(tensor.is_cpu(), element(list, index), " must be on the CPU for the compiled core");
+  STD_TORCH_CHECK(tensor.layout() == torch::headeronly::Layout::Strided, element(list, index),
+                  " is sparse; only dense tensors are supported");
+  const TensorView view = view_of(tensor.get());
+  const std::optional<FloatFormat> format = float_format(view.dtype);
+  STD_TORCH_CHECK(format.has_value(), element(list, index),
+                  " must be float32, bfloat16 or float16 for the compiled core");
+  STD_TORCH_CHECK(is_contiguous(view) || is_dense(tensor), element(list, index), " has sizes ",
+                  to_string(tensor.sizes()), " and strides ", to_string(tensor.strides()),
+                  ", with gaps or overlaps; the functions of pyft.ops take any layout");
+  return {view.data, *format};
+}
+
+std::vector<FloatData> checked_data(const std::vector<Tensor>& tensors, const char* list) {
+  std::vector<FloatData> data(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    data[i] = checked_data(tensors[i], list, i);
+  }
+  return data;
+}
+
+std::vector<int64_t> numels_of_list(const std::vector<Tensor>& tensors) {
+  std::vector<int64_t> numels(tensors.size());
+  std::transform(tensors.begin(), tensors.end(), numels.begin(), [](const Tensor& t) { return t.numel(); });
+  return numels;
+}
+
+Tensor grad_norm(const std::vector<Tensor>& grads, double norm_type) {
+  STD_TORCH_CHECK(norm_type > 0.0, "norm_type must be above 0, got ", norm_type);
+  const std::vector<FloatData> data = checked_data(grads, "grads");
+  const double norm = norm_over_chunks(cut_into_chunks(numels_of_list(grads)), data, norm_type);
+  Tensor result = torch::stable::empty({}, torch::headeronly::ScalarType::Float);
+  *static_cast<float*>(result.mutable_data_ptr()) = static_cast<float>(norm);
+  return result;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyft, CPU, library) { library.impl("grad_norm", TORCH_BOX(&grad_norm)); }

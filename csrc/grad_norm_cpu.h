@@ -2,9 +2,18 @@
 
 #include <cstdint>
 
+#include "float_formats.h"
+
 namespace pyft {
 
-// Sum of squares of `length` fp32 numbers, in double. The same bits for every CPU target.
-double sum_of_squares_cpu(const float* x, int64_t length);
+// Over elements offset .. offset + length - 1 of x, in double. The same bits for every CPU target.
+
+// Of elements clamped to [-clip_value, clip_value]; not finite if one is not, before the clamp.
+double sum_of_squares_cpu(FloatData x, int64_t offset, int64_t length, float clip_value);
+double sum_of_magnitudes_cpu(FloatData x, int64_t offset, int64_t length);
+// Of (|x| / largest)^p.
+double sum_of_powers_cpu(FloatData x, int64_t offset, int64_t length, double largest, double p);
+// NaN if an element is NaN; 0 for no elements.
+float largest_magnitude_cpu(FloatData x, int64_t offset, int64_t length);
 
 }  // namespace pyft

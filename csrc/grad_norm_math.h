@@ -1,26 +1,55 @@
-// Sum of squares of one chunk with a fixed shape: four quarters, kLanes running sums in each, then a tree. The shape
-// does not depend on the vector width, so every CPU target gives the same bits. A square of an fp32 number is exact in
-// double and cannot overflow there, so the norm is right even where torch's fp32 one becomes inf.
+// Sums and the largest magnitude of one chunk with a fixed shape: four quarters, kLanes running sums in each, then a
+// tree. The shape does not depend on the vector width, so every CPU target gives the same bits. A square of an fp32
+// number is exact in double and cannot overflow there, so the norm is right even where torch's fp32 one becomes inf.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
+#include "float_formats.h"
 #include "host_device.h"
 
 namespace pyft {
 
 constexpr int kLanes = 8;
-// One core does not keep the memory busy with one stream of loads: four, fetched this many elements ahead.
+// One core does not keep the memory busy with one stream of loads: four, fetched this many bytes ahead.
 constexpr int kStreams = 4;
-constexpr int64_t kFetchAhead = 512;
+constexpr int64_t kFetchAheadBytes = 2048;
 
-PYFT_HOST_DEVICE double square(float x) {
-  const double wide = x;
-  return wide * wide;
-}
+// What is summed. Each is 0 for 0, and NaN or inf where x is.
+struct Square {
+  PYFT_HOST_DEVICE double operator()(float x) const {
+    const double wide = x;
+    return wide * wide;
+  }
+};
 
-PYFT_HOST_DEVICE double sum_of_squares_chunk(const float* x, int64_t length) {
+struct ClampedSquare {
+  float limit;
+
+  PYFT_HOST_DEVICE double operator()(float x) const {
+    const float upper = x < limit ? x : limit;
+    const float clamped = upper > -limit ? upper : -limit;
+    // The clamp hides NaN and inf; x - x is NaN for both and 0 for the rest.
+    return Square{}(clamped + (x - x));
+  }
+};
+
+struct Magnitude {
+  PYFT_HOST_DEVICE double operator()(float x) const { return std::fabs(x); }
+};
+
+// With the largest magnitude of all tensors for `largest`, no power overflows and the largest cannot vanish.
+struct ScaledPower {
+  double largest, p;
+
+  PYFT_HOST_DEVICE double operator()(float x) const { return std::pow(std::fabs(x) / largest, p); }
+};
+
+template <class Element, class Term>
+PYFT_HOST_DEVICE double sum_of_terms(const Element* x, int64_t length, const Term& term) {
   constexpr int kSums = kStreams * kLanes;
+  constexpr int64_t kFetchAhead = kFetchAheadBytes / static_cast<int64_t>(sizeof(Element));
   double sums[kSums] = {};
   const int64_t quarter = length / kSums * kLanes;
   for (int64_t i = 0; i < quarter; i += kLanes) {
@@ -33,17 +62,17 @@ PYFT_HOST_DEVICE double sum_of_squares_chunk(const float* x, int64_t length) {
 #endif
     for (int stream = 0; stream < kStreams; ++stream) {
       for (int lane = 0; lane < kLanes; ++lane) {
-        sums[stream * kLanes + lane] += square(x[stream * quarter + i + lane]);
+        sums[stream * kLanes + lane] += term(to_fp32(x[stream * quarter + i + lane]));
       }
     }
   }
   // A sum indexed at run time would keep all of them out of registers, so the rest is padded with zeros.
   float rest[kSums] = {};
   for (int64_t i = kStreams * quarter; i < length; ++i) {
-    rest[i - kStreams * quarter] = x[i];
+    rest[i - kStreams * quarter] = to_fp32(x[i]);
   }
   for (int lane = 0; lane < kSums; ++lane) {
-    sums[lane] += square(rest[lane]);
+    sums[lane] += term(rest[lane]);
   }
   for (int width = kSums / 2; width > 0; width /= 2) {
     for (int lane = 0; lane < width; ++lane) {
@@ -51,6 +80,26 @@ PYFT_HOST_DEVICE double sum_of_squares_chunk(const float* x, int64_t length) {
     }
   }
   return sums[0];
+}
+
+// Bits of the largest |x|: as integers, magnitudes are in order, and NaN is above inf. 0 for no elements.
+template <class Element>
+PYFT_HOST_DEVICE uint32_t largest_magnitude_bits(const Element* x, int64_t length) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < length; ++i) {
+    const uint32_t bits = bits_of(to_fp32(x[i])) & 0x7fffffffu;
+    largest = bits > largest ? bits : largest;
+  }
+  return largest;
+}
+
+// Brock et al. 2021, eq. 3: min(1, clipping * max(|W_i|, eps) / |G_i|), from the squares of both norms.
+PYFT_HOST_DEVICE double agc_row_factor(double grad_square, double param_square, double clipping, double eps) {
+  const double grad_norm = std::sqrt(grad_square), param_norm = std::sqrt(param_square);
+  const double limit = clipping * (param_norm > eps ? param_norm : eps);
+  // x - x is 0 for finite numbers only.
+  const bool finite = grad_norm - grad_norm == 0.0 && param_norm - param_norm == 0.0;
+  return finite && grad_norm > limit ? limit / grad_norm : 1.0;
 }
 
 }  // namespace pyft

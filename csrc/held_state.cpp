@@ -18,15 +18,16 @@ PyObject* item(const py::dict& dict, const py::handle& key) {
 
 }  // namespace
 
-HeldState::HeldState(const py::list& params, std::vector<int64_t> groups, py::dict state, py::tuple keys)
-    : groups_(std::move(groups)), keys_(std::move(keys)) {
+HeldState::HeldState(const py::list& params, std::vector<int64_t> groups, py::dict state, const py::list& keys)
+    : groups_(std::move(groups)) {
   for (const auto& [param, of_param] : state) {
     every_state_.push_back(py::reinterpret_borrow<py::object>(of_param));
   }
   for (const py::handle& param : params) {
     params_.push_back(py::reinterpret_borrow<py::object>(param));
-    states_.push_back(state[param].cast<py::dict>());
-    for (const py::handle& key : keys_) {
+    keys_.push_back(py::reinterpret_borrow<py::tuple>(keys[keys_.size()]));
+    states_.push_back(keys_.back().empty() ? py::dict() : state[param].cast<py::dict>());
+    for (const py::handle& key : keys_.back()) {
       tensors_.push_back(states_.back()[key]);
     }
   }
@@ -45,9 +46,9 @@ bool HeldState::same_state(const py::dict& state) const {
     }
   }
   size_t next = 0;
-  for (const py::dict& of_one : states_) {
-    for (const py::handle& key : keys_) {
-      if (item(of_one, key) != tensors_[next++].ptr()) {
+  for (size_t i = 0; i < states_.size(); ++i) {
+    for (const py::handle& key : keys_[i]) {
+      if (item(states_[i], key) != tensors_[next++].ptr()) {
         return false;
       }
     }

@@ -12,8 +12,9 @@ namespace pyft {
 class HeldState {
  public:
   // params: the parameters with a gradient, groups: the number of the group of each, state: the optimizer's, parameter
-  // to dict. keys: the names of the state tensors that the plan uses.
-  HeldState(const pybind11::list& params, std::vector<int64_t> groups, pybind11::dict state, pybind11::tuple keys);
+  // to dict. keys: a tuple for each parameter, the names of the state tensors that the plan uses.
+  HeldState(const pybind11::list& params, std::vector<int64_t> groups, pybind11::dict state,
+            const pybind11::list& keys);
 
   // The gradients, in the order of `params`; None when the parameters that have one, their groups or any tensor of
   // their state are not those of the plan.
@@ -26,9 +27,9 @@ class HeldState {
   std::vector<pybind11::object> params_;
   std::vector<int64_t> groups_;
   std::vector<pybind11::object> every_state_;
-  pybind11::tuple keys_;
+  std::vector<pybind11::tuple> keys_;
   std::vector<pybind11::dict> states_;
-  // keys_.size() for each parameter.
+  // One for each key of each parameter.
   std::vector<pybind11::object> tensors_;
 };
 

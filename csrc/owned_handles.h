@@ -8,7 +8,10 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <vector>
+
+#include "float_formats.h"
 
 namespace pyft {
 
@@ -21,11 +24,18 @@ class OwnedHandles {
   OwnedHandles& operator=(OwnedHandles&&) = delete;
   ~OwnedHandles() {
     for (AtenTensorHandle handle : handles_) {
-      aoti_torch_delete_tensor_object(handle);
+      if (handle != nullptr) {
+        aoti_torch_delete_tensor_object(handle);
+      }
     }
   }
 
   void take(AtenTensorHandle handle) { handles_.push_back(handle); }
+  // Gives one reference up early. May be called from any thread, once for each.
+  void release(size_t i) {
+    aoti_torch_delete_tensor_object(handles_[i]);
+    handles_[i] = nullptr;
+  }
   size_t size() const { return handles_.size(); }
   AtenTensorHandle operator[](size_t i) const { return handles_[i]; }
 
@@ -41,9 +51,20 @@ struct TensorView {
   const int64_t* strides;
   int32_t dtype, device_type;
 
+  bool is_cpu() const {
+    static const int32_t cpu = aoti_torch_device_type_cpu();
+    return device_type == cpu;
+  }
   bool is_fp32_cpu() const {
-    static const int32_t fp32 = aoti_torch_dtype_float32(), cpu = aoti_torch_device_type_cpu();
-    return dtype == fp32 && device_type == cpu;
+    static const int32_t fp32 = aoti_torch_dtype_float32();
+    return dtype == fp32 && is_cpu();
+  }
+  int64_t numel() const {
+    int64_t count = 1;
+    for (int64_t d = 0; d < dim; ++d) {
+      count *= sizes[d];
+    }
+    return count;
   }
 };
 
@@ -59,6 +80,19 @@ inline TensorView view_of(AtenTensorHandle tensor) {
   view.sizes = sizes;
   view.strides = strides;
   return view;
+}
+
+// The storage format of a dtype, if it is one of the three.
+inline std::optional<FloatFormat> float_format(int32_t dtype) {
+  static const int32_t fp32 = aoti_torch_dtype_float32(), bf16 = aoti_torch_dtype_bfloat16(),
+                       fp16 = aoti_torch_dtype_float16();
+  if (dtype == fp32) {
+    return FloatFormat::fp32;
+  }
+  if (dtype == bf16) {
+    return FloatFormat::bf16;
+  }
+  return dtype == fp16 ? std::optional(FloatFormat::fp16) : std::nullopt;
 }
 
 // Fetches what view_of will read. Only a hint: the record's address is the first word behind the handle, and if that

@@ -61,7 +61,7 @@ inline void check_same_layout(const Tensor& reference, const char* reference_lis
   STD_TORCH_CHECK(same_layout(reference, t), element(list, index), " has sizes ", to_string(t.sizes()), " and strides ",
                   to_string(t.strides()), " but ", element(reference_list, index), " has sizes ",
                   to_string(reference.sizes()), " and strides ", to_string(reference.strides()),
-                  "; they must be the same: pyft.ops.adamw_ and pyft.optim.AdamW accept any layout");
+                  "; they must be the same: pyft.ops and pyft.optim accept any layout");
 }
 
 inline void check_same_count(size_t expected, const char* expected_list, size_t count, const char* list) {

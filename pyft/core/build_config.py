@@ -22,6 +22,8 @@ COMPILE_FLAGS = (
     "-fvisibility=hidden",
     # sqrt vectorises only where it need not set errno.
     "-fno-math-errno",
+    # Selects between floats vectorise only where no trap can be set by what is not chosen.
+    "-fno-trapping-math",
     # Without fused multiply-add by chance, every CPU target gives the same bits.
     "-ffp-contract=off",
     "-Wall",

@@ -1,4 +1,4 @@
-"""Gradient clipping by norm, for any optimizer."""
+"""Gradient clipping by norm, by value and by rows, for any optimizer: drop-ins for `torch.nn.utils`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Iterable
 
 import torch
 
-from pyft.ops.grad_norm import grad_norm
+from pyft.ops.clip import agc_checked_, at_least_zero, clamp_checked_, scale_checked_
+from pyft.ops.grad_norm import check_gradients, check_norm_type, norm_float64, norm_of_checked
 
 
 def clip_coefficient(total_norm: float, max_norm: float) -> float:
@@ -29,22 +30,63 @@ def _fp32(value: float) -> float:
     return ctypes.c_float(value).value
 
 
-def total_norm(grads: list[torch.Tensor], norm_type: float) -> torch.Tensor:
-    """The p-norm of all elements of `grads` together, () float32, or float64 if any gradient is.
+def _listed(tensors: torch.Tensor | Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    return [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
 
-    Accumulated in float64, so neither fp16 nor fp32 overflows on the way. p = 2 runs on the core.
+
+def _gradients_of(params: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[bool]]:
+    """The gradients that there are, and which of them the core takes; they are to be written.
+
+    One that is there twice, as of a parameter given twice, counts once: two threads must not write to it.
     """
-    if norm_type == 2.0:
-        return grad_norm(grads)
-    wide = torch.float64 if any(grad.dtype == torch.float64 for grad in grads) else torch.float32
-    device = grads[0].device
-    # An empty tensor has no largest element; it adds nothing to any norm.
-    norms = [
-        torch.linalg.vector_norm(grad, norm_type, dtype=torch.float64).to(device) for grad in grads if grad.numel() > 0
-    ]
-    if not norms:
-        return torch.zeros((), dtype=wide, device=device)
-    return torch.linalg.vector_norm(torch.stack(norms), norm_type).to(wide)
+    grads = [grad for param in params if (grad := param.grad) is not None]
+    if len(set(map(id, grads))) < len(grads):
+        grads = list({id(grad): grad for grad in grads}.values())
+
+    def label(k: int) -> str:
+        return f"parameters[{next(i for i, param in enumerate(params) if param.grad is grads[k])}].grad"
+
+    return grads, check_gradients(grads, label, written=True)
+
+
+def _counted(tensor: torch.Tensor) -> torch.Tensor | None:
+    by_gradient = isinstance(tensor, torch.nn.Parameter) or (tensor.is_leaf and tensor.requires_grad)
+    return tensor.grad if by_gradient else tensor
+
+
+@torch.no_grad()
+def grad_norm(grads_or_parameters: torch.Tensor | Iterable[torch.Tensor], norm_type: float = 2.0) -> torch.Tensor:
+    """The p-norm of all gradients together, as `torch.nn.utils.get_total_norm`; nothing is changed.
+
+    The same bits for any number of threads and any order of tensors; fp16 and bf16 gradients do not overflow and the
+    norm is not rounded to their dtype.
+
+    Args:
+        grads_or_parameters: a tensor or several, of any shape, floating dtype, layout and device. A parameter (or any
+            leaf that requires a gradient) counts by its `.grad`, or not at all if it has none; any other tensor is
+            itself a gradient.
+        norm_type: p of the p-norm, above 0; `float("inf")` for the largest absolute value. Default: 2.0.
+
+    Returns:
+        () float32 (float64 if any gradient is float64), on the device of the first gradient; 0 for no elements.
+        NaN if any element is NaN, else inf if any is infinite or the norm exceeds the dtype.
+
+    Raises:
+        ValueError: `norm_type` is not above 0.
+        TypeError: a gradient is sparse, complex or integer.
+
+    >>> grad_norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
+    tensor(5.)
+    >>> p = torch.nn.Parameter(torch.zeros(2))
+    >>> p.grad = torch.tensor([1.0, -2.0])
+    >>> grad_norm([p], norm_type=float("inf"))
+    tensor(2.)
+    """
+    norm_type = check_norm_type(norm_type)
+    counted = {i: grad for i, t in enumerate(_listed(grads_or_parameters)) if (grad := _counted(t)) is not None}
+    numbers, grads = list(counted), list(counted.values())
+    takes = check_gradients(grads, lambda k: f"the gradient number {numbers[k]}")
+    return norm_of_checked(grads, takes, norm_type)
 
 
 @torch.no_grad()
@@ -53,25 +95,29 @@ def clip_grad_norm_(
     max_norm: float,
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
 ) -> torch.Tensor:
     """Scale gradients in place so that their total norm is at most `max_norm`, as `torch.nn.utils.clip_grad_norm_`.
 
     Differs where torch destroys gradients: norms are accumulated in float64 and returned in fp32 at least, so large
     fp16 gradients are not zeroed; when the norm is NaN or inf the gradients are left as they are, for the caller to
-    look at; and where nothing has to be clipped nothing is written.
+    look at; and where nothing has to be clipped nothing is written. The same bits for any number of threads and any
+    order of parameters.
 
     Args:
         parameters: a tensor or several; those without a gradient are passed over. Any dtype, layout, device.
         max_norm: largest allowed norm, 0 or more.
-        norm_type: p of the p-norm, `float("inf")` for the largest absolute value. Default: 2.0.
+        norm_type: p of the p-norm, above 0; `float("inf")` for the largest absolute value. Default: 2.0.
         error_if_nonfinite: raise if the total norm is NaN or inf. Default: False.
+        foreach: ignored; there for code that gives it to torch.
 
     Returns:
-        () total norm before clipping, float32 or, where it needs the range, float64; 0 if there is no gradient.
+        () total norm before clipping, float32 or, where it needs the range or a gradient is float64, float64; on the
+        device of the first gradient; 0 if there is no gradient.
 
     Raises:
-        ValueError: `max_norm` is negative or NaN, or `norm_type` is not above 0.
-        TypeError: a gradient is sparse or complex.
+        ValueError: `max_norm` is negative or NaN, `norm_type` is not above 0, or elements of a gradient share memory.
+        TypeError: a gradient is sparse, complex or integer.
         RuntimeError: the norm is not finite and `error_if_nonfinite` is set. Nothing was scaled.
 
     >>> p = torch.nn.Parameter(torch.zeros(2))
@@ -81,19 +127,15 @@ def clip_grad_norm_(
     >>> p.grad
     tensor([0.6000, 0.8000])
     """
-    if not float(max_norm) >= 0.0:
-        raise ValueError(f"max_norm must be 0 or more, got {max_norm}")
-    if not float(norm_type) > 0.0:
-        raise ValueError(f"norm_type must be above 0, got {norm_type}")
-    params = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-    grads = [param.grad for param in params if param.grad is not None]
-    if not grads:
-        return torch.tensor(0.0)
-    norm = total_norm(grads, float(norm_type))
-    if math.isinf(float(norm)):
-        # Finite gradients can have a norm that only float64 holds.
-        norm = total_norm([grad.double() for grad in grads], float(norm_type))
+    max_norm, norm_type = at_least_zero(max_norm, "max_norm"), check_norm_type(norm_type)
+    grads, takes = _gradients_of(_listed(parameters))
+    norm = norm_of_checked(grads, takes, norm_type)
     value = float(norm)
+    if math.isinf(value):
+        # Finite gradients can have a norm that only float64 holds.
+        wide = norm_float64(grads, norm_type)
+        if math.isfinite(float(wide)):
+            norm, value = wide, float(wide)
     if not math.isfinite(value):
         if error_if_nonfinite:
             raise RuntimeError(
@@ -101,8 +143,71 @@ def clip_grad_norm_(
                 "error_if_nonfinite=False to go on with the gradients unscaled"
             )
         return norm
-    coef = clip_coefficient(value, float(max_norm))
+    # torch has the factor in the dtype of the norm.
+    coef = clip_coefficient(value, max_norm) if norm.dtype == torch.float32 else 1.0 / (value + 1e-6) * max_norm
     if coef < 1.0:
-        for grad in grads:
-            grad.mul_(coef)
+        scale_checked_(grads, takes, torch.tensor(coef, dtype=torch.float64))
     return norm
+
+
+@torch.no_grad()
+def clip_grad_value_(
+    parameters: torch.Tensor | Iterable[torch.Tensor], clip_value: float, foreach: bool | None = None
+) -> None:
+    """Clamp each element of the gradients to [-clip_value, clip_value] in place, as torch's of that name.
+
+    NaN stays NaN; inf becomes `clip_value`.
+
+    Args:
+        parameters: a tensor or several; those without a gradient are passed over. Any dtype, layout, device.
+        clip_value: largest allowed absolute value, 0 or more; rounded to the dtype of each gradient.
+        foreach: ignored; there for code that gives it to torch.
+
+    Raises:
+        ValueError: `clip_value` is negative or NaN, or elements of a gradient share memory.
+        TypeError: a gradient is sparse, complex or integer.
+
+    >>> p = torch.nn.Parameter(torch.zeros(2))
+    >>> p.grad = torch.tensor([3.0, -0.1])
+    >>> clip_grad_value_([p], clip_value=1.0)
+    >>> p.grad
+    tensor([ 1.0000, -0.1000])
+    """
+    clip_value = at_least_zero(clip_value, "clip_value")
+    grads, takes = _gradients_of(_listed(parameters))
+    clamp_checked_(grads, takes, clip_value)
+
+
+@torch.no_grad()
+def clip_grad_agc_(
+    parameters: torch.Tensor | Iterable[torch.Tensor], clipping: float = 0.01, eps: float = 1e-3
+) -> None:
+    """Adaptive gradient clipping in place: Brock et al. 2021, "High-Performance Large-Scale Image Recognition Without
+    Normalization", equation 3.
+
+    A row G_i of a gradient, with the row W_i of its parameter, is scaled by clipping * max(|W_i|, eps) / |G_i| where
+    that is below 1. Rows run along the first dimension (outputs of linear and convolution layers); a parameter of one
+    dimension or none is one row. A row with a NaN or an inf, in gradient or parameter, is left as it is. The paper
+    leaves out the last linear layer: do not pass its parameters.
+
+    Args:
+        parameters: a tensor or several; those without a gradient are passed over. Any dtype, layout, device.
+        clipping: largest allowed ratio of the two norms, 0 or more (lambda in the paper). Default: 0.01.
+        eps: norm that a row of a parameter has at least, 0 or more. Default: 1e-3.
+
+    Raises:
+        ValueError: `clipping` or `eps` is negative or NaN, or elements of a gradient share memory.
+        TypeError: a gradient is sparse, complex or integer.
+
+    >>> p = torch.nn.Parameter(torch.tensor([[1.0, 0.0], [20.0, 0.0]]))
+    >>> p.grad = torch.tensor([[3.0, 4.0], [0.0, 0.1]])
+    >>> clip_grad_agc_([p], clipping=0.01)
+    >>> p.grad
+    tensor([[0.0060, 0.0080],
+            [0.0000, 0.1000]])
+    """
+    clipping, eps = at_least_zero(clipping, "clipping"), at_least_zero(eps, "eps")
+    params = _listed(parameters)
+    grads, takes = _gradients_of(params)
+    owner = {id(param.grad): param for param in reversed(params)}
+    agc_checked_(grads, takes, [owner[id(grad)] for grad in grads], clipping, eps)

@@ -4,57 +4,119 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pyft.core.loader import load_core
-from pyft.ops.adamw import adamw_reference_, in_layout_of
-from pyft.ops.grad_norm import grad_norm_reference, runs_on_core
+from pyft.ops.grad_norm import core_takes, norm_float64
 from pyft.ops.handles import handles_available, tensor_handles
+from pyft.ops.rules import Rule
+from pyft.ops.update import SLOTS as CORE_SLOTS
+from pyft.ops.update import Step, fits_core, in_layout_of, slots_of, update_reference_
 
-STATE_KEYS = ("exp_avg", "exp_avg_sq", "step")
-Hyperparameters = tuple[float, float, float, float, float, bool]
+AGC_EPS = 1e-3
+
+
+@dataclass
+class Member:
+    """A parameter of a plan: its group's number, its own number, its state by name, and whether that is new."""
+
+    param: Tensor
+    group: int
+    number: int
+    state: dict[str, Tensor]
+    fresh: bool
+
+
+@dataclass(frozen=True)
+class GroupStep:
+    """What a group does in a step: a rule, its numbers, and the pull toward the first value."""
+
+    rule: Rule
+    numbers: tuple[float, ...]
+    decay_to_init: float
+
+    @property
+    def for_core(self) -> tuple[str, tuple[float, ...], float]:
+        """As the core takes it."""
+        return self.rule.name, self.numbers, self.decay_to_init
 
 
 class StepPlan:
-    """AdamW over a fixed list of parameters. Parameters that the core cannot take run in PyTorch.
+    """One step of a fixed list of parameters. Parameters that the core cannot take run in PyTorch.
 
     Args:
-        params: parameters with a gradient, each with state `step`, `exp_avg`, `exp_avg_sq`.
-        groups: the number of the parameter group of each.
+        members: the parameters with a gradient.
+        rules: the rule of each parameter group.
         state: the optimizer's state.
+        weights, seed: as in `StepOptions`.
+        by_rows: gradients will be clipped by rows.
     """
 
-    def __init__(self, params: list[torch.Tensor], groups: list[int], state: dict[Any, Any]) -> None:
-        self.params, self.groups = params, groups
-        self.held = [[state[param][key] for param in params] for key in STATE_KEYS]
-        exp_avgs, exp_avg_sqs, _ = self.held
+    def __init__(
+        self,
+        members: list[Member],
+        rules: Sequence[Rule],
+        state: dict[Any, Any],
+        *,
+        weights: str,
+        seed: int,
+        by_rows: bool,
+    ) -> None:
+        self.members, self.weights, self.seed = members, weights, seed
+        self.params = [member.param for member in members]
+        self.rules = list(rules)
+        self.grads: list[Any] = []
+        # With copies in the parameter's layout, alive as long as the core holds their addresses.
+        self.relaid: list[Tensor] = []
+        self._row_factors: dict[int, Tensor] = {}
         core = load_core() if handles_available() else None
-        self.held_state = None if core is None else core.HeldState(params, groups, state, STATE_KEYS)
-        self.fast: list[int] = []
-        self.slow: list[int] = []
-        for i, param in enumerate(params):
-            moments = (exp_avgs[i], exp_avg_sqs[i])
-            fits = core is not None and runs_on_core(param)
-            fits = fits and all(m.dtype == param.dtype and m.stride() == param.stride() for m in moments)
-            (self.fast if fits else self.slow).append(i)
-        self.all_fast = not self.slow
-        self.fast_params = [params[i] for i in self.fast]
-        self.grads: list[torch.Tensor] = []
-        # Copies in the parameter's layout, alive as long as the core holds their addresses.
-        self.relaid: list[torch.Tensor] = []
-        self.core_plan = None
-        if core is not None and self.fast:
-            lists = [self.fast_params] + [[held[i] for i in self.fast] for held in self.held]
-            self.core_plan = core.AdamWPlan(*map(tensor_handles, lists), [groups[i] for i in self.fast])
+        self.held_state = None
+        if core is not None:
+            keys = [tuple(member.state) for member in members]
+            self.held_state = core.HeldState(self.params, [member.group for member in members], state, keys)
+        on_core = [
+            core is not None
+            and not rules[member.group].factored
+            and fits_core(member.param, member.state)
+            and not (by_rows and not _rows_are_runs(member.param))
+            for member in members
+        ]
+        self.fast = [i for i, fits in enumerate(on_core) if fits]
+        self.slow = [i for i, fits in enumerate(on_core) if not fits]
+        self.fast_params = [self.params[i] for i in self.fast]
+        self.core_plan = self._core_plan(core) if self.fast else None
 
-    def gradients(self, param_groups: list[dict[str, Any]], state: dict[Any, Any]) -> list[torch.Tensor] | None:
+    def _core_plan(self, core: Any) -> Any:
+        present: list[int] = []
+        tensors: list[Tensor] = []
+        for i in self.fast:
+            member = self.members[i]
+            slots = slots_of(self.rules[member.group], self.weights)
+            by_place = sorted((CORE_SLOTS.index(slots[key]), tensor) for key, tensor in member.state.items())
+            present.append(sum(1 << place for place, _ in by_place))
+            tensors += [tensor for _, tensor in by_place]
+        of_fast = [self.members[i] for i in self.fast]
+        return core.UpdatePlan(
+            tensor_handles(self.fast_params),
+            present,
+            tensor_handles(tensors),
+            [member.group for member in of_fast],
+            [member.number for member in of_fast],
+            [member.fresh for member in of_fast],
+            self.seed,
+            self.weights,
+        )
+
+    def gradients(self, param_groups: list[dict[str, Any]], state: dict[Any, Any]) -> list[Tensor] | None:
         """The gradients of `params`; None when the parameters that have one, their groups or any of their state
         tensors are no longer those of this plan, or there is no core to tell it quickly."""
         return None if self.held_state is None else self.held_state.gradients(param_groups, state)
 
-    def take(self, grads: list[torch.Tensor]) -> bool:
+    def take(self, grads: list[Tensor]) -> bool:
         """Take this step's gradients; False when a parameter's storage has changed and a new plan is needed.
 
         Raises:
@@ -63,70 +125,154 @@ class StepPlan:
         try:
             return self._take(grads)
         except RuntimeError:
-            _refuse_sparse(grads)
+            refuse_sparse(grads)
             raise
 
-    def _take(self, grads: list[torch.Tensor]) -> bool:
-        _refuse_sparse([grads[i] for i in self.slow])
-        self.grads = grads
+    def _take(self, grads: list[Tensor]) -> bool:
+        refuse_sparse([grads[i] for i in self.slow])
+        self.grads, self._row_factors = grads, {}
         if self.core_plan is None:
             return True
-        fast = grads if self.all_fast else [grads[i] for i in self.fast]
-        other_layout = self.core_plan.set_gradients(tensor_handles(fast))
-        if other_layout:
-            for i in other_layout:
-                fast[i] = in_layout_of(self.fast_params[i], fast[i])
+        fast = grads if not self.slow else [grads[i] for i in self.fast]
+        to_be_copied = self.core_plan.set_gradients(tensor_handles(fast))
+        if to_be_copied:
+            fast = list(fast)
+            for i in to_be_copied:
+                grad = fast[i] if core_takes(fast[i]) else fast[i].to(device="cpu", dtype=torch.float32)
+                fast[i] = in_layout_of(self.fast_params[i], grad)
             self.relaid = fast
-            other_layout = self.core_plan.set_gradients(tensor_handles(fast))
-        return other_layout is not None
+            to_be_copied = self.core_plan.set_gradients(tensor_handles(fast))
+        return to_be_copied is not None
 
-    def total_norm(self) -> float:
-        """L2 norm over all gradients; the fp32 ones are added in a fixed order."""
-        total = self.core_plan.sum_of_squares() if self.core_plan is not None else 0.0
-        if self.slow:
-            total += float(grad_norm_reference([self.grads[i].double() for i in self.slow])) ** 2
-        return math.sqrt(total)
+    def total_of_squares(self, clip_value: float | None) -> float:
+        """Sum of squares over all gradients; the same bits for any order of parameters and number of threads."""
+        if self.core_plan is not None and not self.slow:
+            return self.core_plan.total_of_squares(clip_value)
+        return add_sorted(self.sums_of_squares(clip_value, []))
 
-    def first_nonfinite(self) -> int:
-        """Number of the first parameter whose gradient holds NaN or inf."""
-        fast = -1 if self.core_plan is None else self.core_plan.first_nonfinite()
-        bad = [] if fast < 0 else [self.fast[fast]]
-        bad += [i for i in self.slow if not bool(torch.isfinite(self.grads[i]).all())]
-        return min(bad)
-
-    def step(self, groups: Sequence[Hyperparameters], clip_coef: float) -> None:
-        """Advance the counters and update all parameters and moments."""
+    def sums_of_squares(self, clip_value: float | None, known: list[float]) -> list[float]:
+        """Sum of squares of each gradient, after the clamp. `known` holds sums that need not be taken, NaN for others;
+        empty for none."""
+        sums = [math.nan] * len(self.params)
         if self.core_plan is not None:
-            # Raw writes are unseen by autograd: without this a saved, now stale weight is used in silence. Before the
-            # update, which drives the parameters' records out of the cache.
-            torch.autograd.graph.increment_version(self.fast_params)
-            self.core_plan.step(groups, clip_coef)
-        exp_avgs, exp_avg_sqs, steps = self.held
-        coef = None if clip_coef == 1.0 else torch.tensor(clip_coef, dtype=torch.float64)
+            of_fast = self.core_plan.sums_of_squares(clip_value, [known[i] for i in self.fast] if known else [])
+            for i, value in zip(self.fast, of_fast, strict=True):
+                sums[i] = value
         for i in self.slow:
-            lr, beta1, beta2, eps, weight_decay, maximize = groups[self.groups[i]]
-            steps[i] += 1
-            adamw_reference_(
-                [self.params[i]],
-                [self.grads[i]],
-                [exp_avgs[i]],
-                [exp_avg_sqs[i]],
-                [steps[i]],
-                coef,
-                lr=lr,
-                beta1=beta1,
-                beta2=beta2,
-                eps=eps,
-                weight_decay=weight_decay,
-                maximize=maximize,
+            sums[i] = _sum_of_squares(self.grads[i], clip_value)
+        return sums
+
+    def clip_rows(self, clip_value: float | None, limit: float) -> tuple[list[float], list[float], list[float]]:
+        """Take the factors of adaptive clipping, for the next `step`: sums of squares of each gradient before and after
+        it, and its smallest factor."""
+        before, after = [math.nan] * len(self.params), [math.nan] * len(self.params)
+        smallest = [1.0] * len(self.params)
+        if self.core_plan is not None:
+            for i, *of_one in zip(self.fast, *self.core_plan.clip_rows(clip_value, limit, AGC_EPS), strict=True):
+                before[i], after[i], smallest[i] = of_one
+        for i in self.slow:
+            sums, factors = _row_factors(self.params[i].detach(), self.grads[i], clip_value, limit)
+            self._row_factors[i] = factors
+            before[i], after[i] = float(sums.sum()), float((sums * factors.double() ** 2).sum())
+            smallest[i] = min([1.0, *factors.tolist()])
+        return before, after, smallest
+
+    def step(
+        self, groups: Sequence[GroupStep], scales: float | list[float], clip_value: float | None, free: bool
+    ) -> None:
+        """Advance the counters and update all parameters and moments.
+
+        Args:
+            groups: one for each parameter group.
+            scales: the factor of all gradients, or of each.
+            clip_value: gradients are clamped to it first.
+            free: give each gradient up as soon as it was used.
+        """
+        if self.core_plan is not None:
+            self._core_step(groups, scales, clip_value, free)
+        for i in self.slow:
+            member = self.members[i]
+            group = groups[member.group]
+            if "step" in member.state:
+                member.state["step"] += 1
+            step = Step(
+                group.rule,
+                group.numbers,
+                group.decay_to_init,
+                scales if isinstance(scales, float) else scales[i],
+                clip_value,
+                self._row_factors.get(i),
+                self.weights,
+                self.seed,
+                member.number,
+                member.fresh,
             )
-        self.grads, self.relaid = [], []
+            update_reference_(member.param, self.grads[i], member.state, step)
+            if free:
+                member.param.grad = None
+        for member in self.members:
+            member.fresh = False
+        self.grads, self.relaid, self._row_factors = [], [], {}
+
+    def _core_step(
+        self, groups: Sequence[GroupStep], scales: float | list[float], clip_value: float | None, free: bool
+    ) -> None:
+        # Raw writes are unseen by autograd: without this a saved, now stale weight is used in silence. Before the
+        # update, which drives the parameters' records out of the cache.
+        torch.autograd.graph.increment_version(self.fast_params)
+        handles: list[Any] = []
+        if free:
+            used = self.relaid or (self.grads if not self.slow else [self.grads[i] for i in self.fast])
+            handles = tensor_handles(used)
+            del used
+            self.relaid = []
+            for i in self.fast:
+                self.params[i].grad = None
+            slow = set(self.slow)
+            self.grads = [grad if i in slow else None for i, grad in enumerate(self.grads)] if slow else []
+        assert self.core_plan is not None
+        of_fast = [scales] if isinstance(scales, float) else [scales[i] for i in self.fast]
+        self.core_plan.step([group.for_core for group in groups], of_fast, clip_value, handles)
 
 
-def _refuse_sparse(grads: Sequence[torch.Tensor]) -> None:
+def add_sorted(sums: Sequence[float]) -> float:
+    """Their sum, the same for any order. NaN if one is NaN."""
+    return sum(sorted(sums), 0.0)
+
+
+def _rows_are_runs(param: Tensor) -> bool:
+    return param.ndim <= 1 or param.numel() == 0 or param.shape[0] == 1 or param[0].numel() == param.stride(0)
+
+
+def _sum_of_squares(grad: Tensor, clip_value: float | None) -> float:
+    if clip_value is not None and not bool(torch.isfinite(grad).all()):
+        return math.nan
+    wide = grad.detach().double()
+    if clip_value is not None:
+        wide = wide.clamp(-clip_value, clip_value)
+    return float(norm_float64([wide])) ** 2
+
+
+def _row_factors(param: Tensor, grad: Tensor, clip_value: float | None, limit: float) -> tuple[Tensor, Tensor]:
+    def rows(tensor: Tensor) -> Tensor:
+        return tensor.double().reshape(1, -1) if tensor.ndim <= 1 else tensor.double().flatten(1)
+
+    g = rows(grad.detach())
+    finite = g.isfinite().all(1)
+    if clip_value is not None:
+        g = g.clamp(-clip_value, clip_value)
+    sums = torch.where(finite, g.square().sum(1), math.nan)
+    allowed = limit * rows(param).norm(dim=1).clamp(min=AGC_EPS)
+    norms = sums.sqrt()
+    factors = torch.where((norms > allowed) & norms.isfinite() & allowed.isfinite(), allowed / norms, 1.0)
+    return sums, factors.float()
+
+
+def refuse_sparse(grads: Sequence[Tensor]) -> None:
+    """Raise a TypeError that names the shape of the first sparse gradient."""
     for grad in grads:
         if grad.layout is not torch.strided:
             raise TypeError(
-                f"a gradient of shape {tuple(grad.shape)} is sparse; AdamW takes dense gradients: build the Embedding "
-                "with sparse=False, or use torch.optim.SparseAdam for it"
+                f"a gradient of shape {tuple(grad.shape)} is sparse; pyft.optim takes dense gradients: build the "
+                "Embedding with sparse=False, or use torch.optim.SparseAdam for it"
             )

@@ -412,10 +412,73 @@ def test_parameters_that_cannot_be_updated_are_refused() -> None:
         AdamW(table.parameters()).step()
 
 
-def test_amsgrad_state_is_refused_not_dropped() -> None:
-    theirs = torch.optim.AdamW(parameters(), amsgrad=True)
-    with pytest.raises(ValueError, match="amsgrad"):
-        AdamW(parameters()).load_state_dict(theirs.state_dict())
+def test_amsgrad_of_a_loaded_group_is_taken_over(backend: str) -> None:
+    ours, theirs = parameters(), parameters()
+    b = torch.optim.AdamW(theirs, amsgrad=True)
+    a = AdamW(ours)
+    for step in range(4):
+        give_gradients(ours, theirs, seed=step)
+        b.step()
+        if step == 1:
+            a.load_state_dict(copy.deepcopy(b.state_dict()))
+            with torch.no_grad():
+                for p, q in zip(ours, theirs, strict=True):
+                    p.copy_(q)
+        elif step > 1:
+            a.step()
+    assert_same(ours, theirs)
+    assert_same([a.state[ours[0]]["max_exp_avg_sq"]], [b.state[theirs[0]]["max_exp_avg_sq"]])
+
+
+def test_what_was_loaded_is_not_changed_by_steps(backend: str) -> None:
+    params = parameters()
+    a = AdamW(params)
+    give_gradients(params, params, seed=0)
+    a.step()
+    kept = copy.deepcopy(a.state_dict())
+    before = copy.deepcopy(kept)
+    b = AdamW(params)
+    b.load_state_dict(kept)
+    b.step()
+    for number, of_one in before["state"].items():
+        assert all(torch.equal(value, kept["state"][number][key]) for key, value in of_one.items())
+
+
+@pytest.mark.parametrize("policy", ["skip", "raise"])
+def test_a_refused_first_step_leaves_no_state(backend: str, policy: str) -> None:
+    params = parameters()
+    give_gradients(params, params, seed=0)
+    params[1].grad[2] = float("nan")
+    optimizer = AdamW(params, on_nonfinite=policy)
+    if policy == "raise":
+        with pytest.raises(NonFiniteError, match="number 1"):
+            optimizer.step()
+    else:
+        optimizer.step()
+        assert optimizer.last_step.skipped
+    assert optimizer.state_dict()["state"] == {}
+    params[1].grad[2] = 0.0
+    optimizer.step()
+    assert [float(optimizer.state[p]["step"]) for p in params] == [1.0] * len(params)
+
+
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "int8"])
+def test_a_slow_average_does_not_stick(backend: str, state_dtype: str) -> None:
+    """exp_avg_sq of elements whose gradient is gone falls by beta2 a step, less than half a code or bf16 step."""
+    param = torch.nn.Parameter(torch.zeros(256))
+    optimizer = AdamW([param], lr=0.0, betas=(0.9, 0.999), state_dtype=state_dtype)
+    for step in range(800):
+        grad = torch.ones(256)
+        if step >= 100:
+            grad[128:] = 0.0
+        param.grad = grad
+        optimizer.step()
+    wide = AdamW([torch.nn.Parameter(torch.zeros(256))])
+    wide.load_state_dict(optimizer.state_dict())
+    kept = next(iter(wide.state.values()))["exp_avg_sq"]
+    want = (1 - 0.999**100) * 0.999**700
+    assert float(kept[128:].mean()) == pytest.approx(want, rel=0.1)
+    assert float(kept[:128].mean()) == pytest.approx(1 - 0.999**800, rel=0.1)
 
 
 def test_refused_group_leaves_the_optimizer_as_it_was() -> None:

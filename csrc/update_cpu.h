@@ -1,0 +1,48 @@
+// The update of one chunk of one tensor: any rule on any storage format.
+#pragma once
+
+#include <cstdint>
+
+#include "float_formats.h"
+#include "rounding_math.h"
+#include "update_rules.h"
+
+namespace pyft {
+
+enum class WeightFormat : int8_t { fp32, bf16, fp16, bf16_split32, bf16_kahan, bf16_stochastic };
+enum class MomentFormat : int8_t { none, fp32, bf16, int8 };
+
+struct Moment {
+  void* data = nullptr;
+  // int8: one for each kBlock elements.
+  float* scale = nullptr;
+  MomentFormat format = MomentFormat::none;
+  bool is_signed = false;
+};
+
+// One tensor and its state: addresses of first elements. All of it has the parameter's layout in memory.
+struct TensorUpdate {
+  void* param = nullptr;
+  // The remainder of bf16_split32 (int16) or the compensation of bf16_kahan (bf16).
+  void* extra = nullptr;
+  FloatData grad{nullptr, FloatFormat::fp32};
+  FloatData init{nullptr, FloatFormat::fp32};
+  Moment moments[kMoments];
+  WeightFormat weights = WeightFormat::fp32;
+  // Factors of adaptive clipping for each row of the gradient, or null.
+  const float* row_factors = nullptr;
+  int64_t row_length = 1;
+
+  // Of this step.
+  Rule rule = Rule::adamw;
+  RuleStep step{};
+  float grad_scale = 1.0f;
+  float clip_value = 0.0f;  // INFINITY: gradients are not clamped
+  float init_pull = 0.0f;   // times (param - init): taken from the parameter, or added to the gradient
+  uint32_t key = 0;
+};
+
+// Updates `length` elements from `offset` on, which is a multiple of kBlock.
+void update_cpu(const TensorUpdate& tensor, int64_t offset, int64_t length);
+
+}  // namespace pyft

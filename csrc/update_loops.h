@@ -1,0 +1,397 @@
+// Loops of the update. Included once for each CPU target, with PYFT_LOOPS, a namespace, and PYFT_LOOPS_TARGET, an
+// attribute, defined; there is no include guard. A rule works on fp32 numbers: those of the tensors themselves where
+// they are fp32, else copies of one block, which stay in the L1 cache.
+
+namespace pyft::PYFT_LOOPS {
+
+// Rules. With kCoded the moments come from `coded`, codes of 8 bits of one block, else from the arrays that they are
+// written to. Decoding in the same loop hides behind the divisions.
+template <bool kCoded, bool kCoupled, bool kAmsgrad>
+PYFT_LOOPS_TARGET void adam_loop(float* __restrict__ p, const float* __restrict__ g, const Coded& coded,
+                                 float* __restrict__ m, float* __restrict__ v, float* __restrict__ max_v,
+                                 int32_t length, float scale, const RuleStep& step) {
+  const AdamStep h = step.adam;
+  const Coded c = coded;
+  for (int32_t i = 0; i < length; ++i) {
+    float exp_avg = kCoded ? decode_signed(c.codes[0][i], c.scale[0]) : m[i];
+    float exp_avg_sq = kCoded ? c.unsigned_at(1, i) : v[i];
+    float largest = !kAmsgrad ? 0.0f : kCoded ? c.unsigned_at(2, i) : max_v[i];
+    adam_element<kCoupled, kAmsgrad>(p[i], g[i] * scale, exp_avg, exp_avg_sq, largest, h);
+    m[i] = exp_avg;
+    v[i] = exp_avg_sq;
+    if (kAmsgrad) {
+      max_v[i] = largest;
+    }
+  }
+}
+
+template <bool kCoded, SgdKind kKind>
+PYFT_LOOPS_TARGET void sgd_loop(float* __restrict__ p, const float* __restrict__ g, const Coded& coded,
+                                float* __restrict__ buffer, float*, float*, int32_t length, float scale,
+                                const RuleStep& step) {
+  const SgdStep h = step.sgd;
+  const Coded c = coded;
+  constexpr bool kBuffer = kKind != SgdKind::plain;
+  for (int32_t i = 0; i < length; ++i) {
+    float velocity = !kBuffer ? 0.0f : kCoded ? decode_signed(c.codes[0][i], c.scale[0]) : buffer[i];
+    sgd_element<kKind>(p[i], g[i] * scale, velocity, h);
+    if (kBuffer) {
+      buffer[i] = velocity;
+    }
+  }
+}
+
+template <bool kCoded, bool kCentered, bool kMomentum>
+PYFT_LOOPS_TARGET void rmsprop_loop(float* __restrict__ p, const float* __restrict__ g, const Coded& coded,
+                                    float* __restrict__ square_avg, float* __restrict__ buffer,
+                                    float* __restrict__ grad_avg, int32_t length, float scale, const RuleStep& step) {
+  const RmspropStep h = step.rmsprop;
+  const Coded c = coded;
+  for (int32_t i = 0; i < length; ++i) {
+    float v = kCoded ? c.unsigned_at(0, i) : square_avg[i];
+    float velocity = !kMomentum ? 0.0f : kCoded ? decode_signed(c.codes[1][i], c.scale[1]) : buffer[i];
+    float mean = !kCentered ? 0.0f : kCoded ? decode_signed(c.codes[2][i], c.scale[2]) : grad_avg[i];
+    rmsprop_element<kCentered, kMomentum>(p[i], g[i] * scale, v, velocity, mean, h);
+    square_avg[i] = v;
+    if (kMomentum) {
+      buffer[i] = velocity;
+    }
+    if (kCentered) {
+      grad_avg[i] = mean;
+    }
+  }
+}
+
+template <bool kCoded>
+PYFT_LOOPS_TARGET void adagrad_loop(float* __restrict__ p, const float* __restrict__ g, const Coded& coded,
+                                    float* __restrict__ sum, float*, float*, int32_t length, float scale,
+                                    const RuleStep& step) {
+  const AdagradStep h = step.adagrad;
+  const Coded c = coded;
+  for (int32_t i = 0; i < length; ++i) {
+    float total = kCoded ? c.unsigned_at(0, i) : sum[i];
+    adagrad_element(p[i], g[i] * scale, total, h);
+    sum[i] = total;
+  }
+}
+
+template <bool kCoded>
+PYFT_LOOPS_TARGET void lion_loop(float* __restrict__ p, const float* __restrict__ g, const Coded& coded,
+                                 float* __restrict__ m, float*, float*, int32_t length, float scale,
+                                 const RuleStep& step) {
+  const LionStep h = step.lion;
+  const Coded c = coded;
+  for (int32_t i = 0; i < length; ++i) {
+    float exp_avg = kCoded ? decode_signed(c.codes[0][i], c.scale[0]) : m[i];
+    lion_element(p[i], g[i] * scale, exp_avg, h);
+    m[i] = exp_avg;
+  }
+}
+
+// In the order of Rule.
+template <bool kCoded>
+constexpr RuleLoop kRuleLoops[kRules] = {
+    adam_loop<kCoded, false, false>,
+    adam_loop<kCoded, false, true>,
+    adam_loop<kCoded, true, false>,
+    adam_loop<kCoded, true, true>,
+    sgd_loop<kCoded, SgdKind::plain>,
+    sgd_loop<kCoded, SgdKind::momentum>,
+    sgd_loop<kCoded, SgdKind::nesterov>,
+    rmsprop_loop<kCoded, false, false>,
+    rmsprop_loop<kCoded, true, false>,
+    rmsprop_loop<kCoded, false, true>,
+    rmsprop_loop<kCoded, true, true>,
+    adagrad_loop<kCoded>,
+    lion_loop<kCoded>,
+};
+
+template <class T>
+PYFT_LOOPS_TARGET void widen(const T* __restrict__ from, float* __restrict__ to, int64_t length) {
+  for (int64_t i = 0; i < length; ++i) {
+    to[i] = to_fp32(from[i]);
+  }
+}
+
+PYFT_LOOPS_TARGET inline void widen(const FloatData& from, int64_t begin, float* to, int64_t length) {
+  switch (from.format) {
+    case FloatFormat::fp32:
+      return widen(static_cast<const float*>(from.data) + begin, to, length);
+    case FloatFormat::bf16:
+      return widen(static_cast<const Bf16*>(from.data) + begin, to, length);
+    case FloatFormat::fp16:
+      return widen(static_cast<const Fp16*>(from.data) + begin, to, length);
+  }
+}
+
+PYFT_LOOPS_TARGET inline void fill_random(uint32_t key, int64_t begin, uint32_t* random, int64_t length) {
+  const uint32_t high = static_cast<uint32_t>(begin >> 32) * 0x85ebca6bu, low = static_cast<uint32_t>(begin);
+  for (int64_t i = 0; i < length; ++i) {
+    random[i] = random_bits(key ^ high, low + static_cast<uint32_t>(i));
+  }
+}
+
+// The parameter in fp32: the tensor itself, or its value in `buffer`.
+PYFT_LOOPS_TARGET inline float* load_param(const TensorUpdate& t, int64_t begin, float* __restrict__ buffer,
+                                           int64_t length) {
+  const Bf16* bf16 = static_cast<const Bf16*>(t.param) + begin;
+  switch (t.weights) {
+    case WeightFormat::fp32:
+      return static_cast<float*>(t.param) + begin;
+    case WeightFormat::fp16:
+      widen(static_cast<const Fp16*>(t.param) + begin, buffer, length);
+      break;
+    case WeightFormat::bf16:
+    case WeightFormat::bf16_stochastic:
+      widen(bf16, buffer, length);
+      break;
+    case WeightFormat::bf16_split32: {
+      const int16_t* low = static_cast<const int16_t*>(t.extra) + begin;
+      for (int64_t i = 0; i < length; ++i) {
+        buffer[i] = join(bf16[i], low[i]);
+      }
+      break;
+    }
+    case WeightFormat::bf16_kahan: {
+      const Bf16* compensation = static_cast<const Bf16*>(t.extra) + begin;
+      for (int64_t i = 0; i < length; ++i) {
+        buffer[i] = to_fp32(bf16[i]) + to_fp32(compensation[i]);
+      }
+      break;
+    }
+  }
+  return buffer;
+}
+
+PYFT_LOOPS_TARGET inline void store_param(const TensorUpdate& t, int64_t begin, const float* __restrict__ value,
+                                          int64_t length) {
+  Bf16* __restrict__ bf16 = static_cast<Bf16*>(t.param) + begin;
+  switch (t.weights) {
+    case WeightFormat::fp32:
+      return;
+    case WeightFormat::fp16: {
+      Fp16* __restrict__ fp16 = static_cast<Fp16*>(t.param) + begin;
+      for (int64_t i = 0; i < length; ++i) {
+        fp16[i].bits = to_fp16(value[i]).bits;
+      }
+      return;
+    }
+    case WeightFormat::bf16:
+      for (int64_t i = 0; i < length; ++i) {
+        bf16[i] = to_bf16(value[i]);
+      }
+      return;
+    case WeightFormat::bf16_stochastic: {
+      uint32_t random[kBlock];
+      fill_random(~t.key, begin, random, length);
+      for (int64_t i = 0; i < length; ++i) {
+        bf16[i] = to_bf16_stochastic(value[i], random[i] >> 16);
+      }
+      return;
+    }
+    case WeightFormat::bf16_split32: {
+      int16_t* __restrict__ low = static_cast<int16_t*>(t.extra) + begin;
+      for (int64_t i = 0; i < length; ++i) {
+        const uint16_t high = split_high(value[i]);
+        bf16[i].bits = high;
+        low[i] = split_low(value[i], high);
+      }
+      return;
+    }
+    case WeightFormat::bf16_kahan: {
+      Bf16* __restrict__ compensation = static_cast<Bf16*>(t.extra) + begin;
+      for (int64_t i = 0; i < length; ++i) {
+        const uint16_t rounded = to_bf16(value[i]).bits;
+        bf16[i].bits = rounded;
+        compensation[i].bits = to_bf16(value[i] - to_fp32(Bf16{rounded})).bits;
+      }
+      return;
+    }
+  }
+}
+
+// Where the rule reads and writes a moment: the tensor itself, or `buffer` with its value, or without if it is coded.
+PYFT_LOOPS_TARGET inline float* load_moment(const Moment& moment, int64_t begin, float* __restrict__ buffer,
+                                            int64_t length) {
+  switch (moment.format) {
+    case MomentFormat::none:
+      return nullptr;
+    case MomentFormat::fp32:
+      return static_cast<float*>(moment.data) + begin;
+    case MomentFormat::bf16:
+      widen(static_cast<const Bf16*>(moment.data) + begin, buffer, length);
+      break;
+    case MomentFormat::int8:
+      break;
+  }
+  return buffer;
+}
+
+template <bool kSigned>
+PYFT_LOOPS_TARGET void encode_block(int8_t* __restrict__ codes, const float* __restrict__ value, float inv_scale,
+                                    uint32_t random, int32_t length) {
+  for (int32_t i = 0; i < length; ++i) {
+    codes[i] = kSigned ? encode_signed(value[i], inv_scale, random)
+                       : static_cast<int8_t>(encode_unsigned(value[i], inv_scale, random));
+    random += kGolden;
+  }
+}
+
+PYFT_LOOPS_TARGET inline void store_int8(const Moment& moment, int64_t begin, const float* __restrict__ value,
+                                         uint32_t random, int32_t length) {
+  // Bits of floats without their sign are in the order of their sizes, and an integer maximum keeps NaN.
+  uint32_t largest = 0;
+  for (int32_t i = 0; i < length; ++i) {
+    const uint32_t size = bits_of(value[i]) & 0x7fffffffu;
+    largest = size > largest ? size : largest;
+  }
+  largest = largest < kSmallestScaleBits ? 0u : largest;
+  const float scale = float_of(largest);
+  const float inv_scale = largest == 0 ? 0.0f : 1.0f / scale;
+  moment.scale[begin / kBlock] = scale;
+  int8_t* codes = static_cast<int8_t*>(moment.data) + begin;
+  if (moment.is_signed) {
+    encode_block<true>(codes, value, inv_scale, random, length);
+  } else {
+    encode_block<false>(codes, value, inv_scale, random, length);
+  }
+}
+
+PYFT_LOOPS_TARGET inline void store_bf16(Bf16* __restrict__ to, const float* __restrict__ value, uint32_t random,
+                                         int32_t length) {
+  for (int32_t i = 0; i < length; ++i) {
+    to[i] = to_bf16_stochastic(value[i], random >> 16);
+    random += kGolden;
+  }
+}
+
+// Rounded with random bits of the tensor, the step, the moment and the block.
+PYFT_LOOPS_TARGET inline void store_moment(const TensorUpdate& t, int moment, int64_t begin, const float* value,
+                                           int32_t length) {
+  const Moment& to = t.moments[moment];
+  const uint32_t random = random_bits(t.key + static_cast<uint32_t>(moment), static_cast<uint32_t>(begin / kBlock));
+  if (to.format == MomentFormat::int8) {
+    store_int8(to, begin, value, random, length);
+  } else if (to.format == MomentFormat::bf16) {
+    store_bf16(static_cast<Bf16*>(to.data) + begin, value, random, length);
+  }
+}
+
+PYFT_LOOPS_TARGET inline void scale_rows(const TensorUpdate& t, int64_t begin, float* __restrict__ g, int64_t length) {
+  for (int64_t i = 0; i < length;) {
+    const int64_t row = (begin + i) / t.row_length;
+    const int64_t left = (row + 1) * t.row_length - begin - i;
+    const int64_t end = i + (left < length - i ? left : length - i);
+    const float factor = t.row_factors[row];
+    for (; i < end; ++i) {
+      g[i] *= factor;
+    }
+  }
+}
+
+// The gradient in fp32, clamped and clipped by rows: the tensor itself, or its value in `buffer`.
+PYFT_LOOPS_TARGET inline const float* load_grad(const TensorUpdate& t, int64_t begin, float* __restrict__ buffer,
+                                                int64_t length) {
+  const bool clamped = t.clip_value < INFINITY;
+  if (t.grad.format == FloatFormat::fp32 && !clamped && t.row_factors == nullptr && t.init_pull == 0.0f) {
+    return static_cast<const float*>(t.grad.data) + begin;
+  }
+  widen(t.grad, begin, buffer, length);
+  if (clamped) {
+    const float limit = t.clip_value;
+    for (int64_t i = 0; i < length; ++i) {
+      const float low = buffer[i] < -limit ? -limit : buffer[i];
+      buffer[i] = low > limit ? limit : low;
+    }
+  }
+  if (t.row_factors != nullptr) {
+    scale_rows(t, begin, buffer, length);
+  }
+  return buffer;
+}
+
+// The pull toward the first value. Returns the scale that the gradient still has to be multiplied by.
+PYFT_LOOPS_TARGET inline float pull_to_init(const TensorUpdate& t, int64_t begin, float* __restrict__ p,
+                                            float* __restrict__ g, int64_t length) {
+  float init[kBlock];
+  widen(t.init, begin, init, length);
+  const float pull = t.init_pull, scale = t.grad_scale;
+  if (kRuleInfo[static_cast<int>(t.rule)].decoupled_decay) {
+    for (int64_t i = 0; i < length; ++i) {
+      p[i] = p[i] - pull * (p[i] - init[i]);
+    }
+    return scale;
+  }
+  for (int64_t i = 0; i < length; ++i) {
+    g[i] = g[i] * scale + pull * (p[i] - init[i]);
+  }
+  return 1.0f;
+}
+
+// At most kBlock elements, of any format.
+PYFT_LOOPS_TARGET inline void update_block(const TensorUpdate& t, int64_t begin, int64_t length) {
+  alignas(64) float p_buffer[kBlock], g_buffer[kBlock], moment_buffer[kMoments][kBlock];
+  float* p = load_param(t, begin, p_buffer, length);
+  const float* g = load_grad(t, begin, g_buffer, length);
+  float* moments[kMoments];
+  Coded coded{};
+  bool is_coded = false;
+  for (int k = 0; k < kMoments; ++k) {
+    const Moment& moment = t.moments[k];
+    moments[k] = load_moment(moment, begin, moment_buffer[k], length);
+    if (moment.format == MomentFormat::int8) {
+      is_coded = true;
+      coded.codes[k] = static_cast<const int8_t*>(moment.data) + begin;
+      coded.scale[k] = moment.scale[begin / kBlock];
+    }
+  }
+  const float scale = t.init_pull == 0.0f ? t.grad_scale : pull_to_init(t, begin, p, g_buffer, length);
+  const RuleLoop rule =
+      is_coded ? kRuleLoops<true>[static_cast<int>(t.rule)] : kRuleLoops<false>[static_cast<int>(t.rule)];
+  rule(p, g, coded, moments[0], moments[1], moments[2], length, scale, t.step);
+  store_param(t, begin, p, length);
+  for (int k = 0; k < kMoments; ++k) {
+    if (moments[k] == moment_buffer[k]) {
+      store_moment(t, k, begin, moments[k], length);
+    }
+  }
+}
+
+// Any number of elements, all in fp32, with nothing to be done to the gradient but to scale it.
+PYFT_LOOPS_TARGET inline void update_plain(const TensorUpdate& t, int64_t begin, int64_t length) {
+  const auto at = [begin](void* data) { return data == nullptr ? nullptr : static_cast<float*>(data) + begin; };
+  kRuleLoops<false>[static_cast<int>(t.rule)](at(t.param), static_cast<const float*>(t.grad.data) + begin, Coded{},
+                                              at(t.moments[0].data), at(t.moments[1].data), at(t.moments[2].data),
+                                              static_cast<int32_t>(length), t.grad_scale, t.step);
+}
+
+PYFT_LOOPS_TARGET inline void update_range(const TensorUpdate& t, bool plain, int64_t begin, int64_t length) {
+  if (plain) {
+    return update_plain(t, begin, length);
+  }
+  for (int64_t i = 0; i < length; i += kBlock) {
+    update_block(t, begin + i, length - i < kBlock ? length - i : kBlock);
+  }
+}
+
+// Two places of a long chunk are worked on in turn: twice as many cache lines are under way, which one core needs to
+// keep the memory busy.
+PYFT_LOOPS_TARGET void update_chunk(const TensorUpdate& t, int64_t offset, int64_t length) {
+  const bool plain = is_plain(t);
+  if (length < kTwoStreams) {
+    return update_range(t, plain, offset, length);
+  }
+  const int64_t second = length / 2 / kBlock * kBlock + kSkew;
+  int64_t i = 0;
+  for (; i + kBlock <= length - second; i += kBlock) {
+    update_range(t, plain, offset + i, kBlock);
+    update_range(t, plain, offset + second + i, kBlock);
+  }
+  update_range(t, plain, offset + i, second - i);
+  update_range(t, plain, offset + second + i, length - second - i);
+}
+
+}  // namespace pyft::PYFT_LOOPS
+
+#undef PYFT_LOOPS
+#undef PYFT_LOOPS_TARGET

@@ -1,0 +1,156 @@
+"""State tensors of a parameter: made at its first step, and brought to the optimizer's own form when loaded."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyft.ops import rounding
+from pyft.ops.grad_norm import core_takes
+from pyft.ops.rules import NEVER_NEGATIVE, Rule
+from pyft.ops.update import EXTRA
+from pyft.optim.options import STATE_DTYPES, Settings
+
+State = MutableMapping[str, Any]
+
+
+def moment_dtype(param: Tensor, settings: Settings) -> torch.dtype:
+    """In what the moments of a parameter are kept; int8 stands for 8 bits of either kind."""
+    return torch.float64 if param.dtype == torch.float64 else STATE_DTYPES[settings.state_dtype]
+
+
+def counts_steps(rule: Rule, param: Tensor, settings: Settings) -> bool:
+    """Whether a step counter is kept: where the rule needs it, or random bits do."""
+    narrow = moment_dtype(param, settings) in (torch.bfloat16, torch.int8) and bool(rule.kept)
+    return rule.counts or narrow or (settings.weights == "stochastic" and param.dtype == torch.bfloat16)
+
+
+def keys_of(rule: Rule, param: Tensor, settings: Settings, decay_to_init: float) -> tuple[str, ...]:
+    """Keys of the state that a step of this rule uses, in the order of the core's slots."""
+    keys: list[str] = []
+    scales: list[str] = []
+    for name in rule.kept:
+        if moment_dtype(param, settings) == torch.int8:
+            keys.append(f"{name}_q8")
+            scales.append(f"{name}_scale")
+        else:
+            keys.append(name)
+    keys += scales
+    if param.dtype == torch.bfloat16 and settings.weights in EXTRA:
+        keys.append(EXTRA[settings.weights])
+    if decay_to_init != 0.0:
+        keys.append("init")
+    if counts_steps(rule, param, settings):
+        keys.append("step")
+    return tuple(keys)
+
+
+def _like(param: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros_like(param, dtype=dtype, requires_grad=False, memory_format=torch.preserve_format)
+
+
+def make_entry(key: str, param: Tensor, settings: Settings) -> Tensor:
+    """A new state tensor: zeros, or for "init" the parameter's present value."""
+    if key == "step":
+        return torch.zeros((), dtype=torch.float32)
+    if key == "init":
+        wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+        dtype = torch.bfloat16 if settings.init_dtype == "bfloat16" else wide
+        return _like(param, dtype).copy_(param.detach())
+    if key in EXTRA.values():
+        return _like(param, torch.int16 if key == "remainder" else torch.bfloat16)
+    if key.endswith("_scale"):
+        return torch.zeros(-(-param.numel() // rounding.BLOCK), dtype=torch.float32, device=param.device)
+    if key.endswith("_q8"):
+        return _like(param, torch.uint8 if key.removesuffix("_q8") in NEVER_NEGATIVE else torch.int8)
+    return _like(param, moment_dtype(param, settings))
+
+
+def _in_layout(value: Tensor, param: Tensor, dtype: torch.dtype) -> Tensor:
+    """`value` itself if dtype, device and, where the core uses it, strides are right; else a copy that has them."""
+    value = value.to(device=param.device)
+    if value.dtype == dtype and (value.stride() == param.stride() or not core_takes(param)):
+        return value
+    return _like(param, dtype).copy_(value)
+
+
+def _adopt_moment(name: str, param: Tensor, state: State, dtype: torch.dtype) -> None:
+    coded, scale = f"{name}_q8", f"{name}_scale"
+    held = state[coded] if coded in state else state[name]
+    if held.shape != param.shape:
+        raise ValueError(f"state '{name}' has shape {tuple(held.shape)}, its parameter {tuple(param.shape)}")
+    unsigned = name in NEVER_NEGATIVE
+    if coded in state:
+        if dtype == torch.int8:
+            laid_out = _in_layout(state[coded], param, torch.uint8 if unsigned else torch.int8)
+            if laid_out.stride() == state[coded].stride():
+                state[coded] = laid_out
+                state[scale] = state[scale].to(device=param.device, dtype=torch.float32)
+                return
+        # Blocks are runs of memory, so another layout has others: through fp32.
+        codes = state.pop(coded)
+        order = rounding.memory_order(codes)
+        wide = torch.empty_like(codes, dtype=torch.float32)
+        rounding.write_flat(
+            wide, order, rounding.decode_int8(rounding.flat(codes, order), state.pop(scale).to(codes.device))
+        )
+        state[name] = wide
+    if dtype != torch.int8:
+        state[name] = _in_layout(state[name], param, dtype)
+        return
+    value = _in_layout(state.pop(name), param, torch.float32)
+    order = rounding.memory_order(param)
+    flat = rounding.flat(value, order)
+    # Half a code: to the nearest.
+    half = torch.full((flat.numel(),), 1 << 31, dtype=torch.int64, device=flat.device)
+    codes, scales = rounding.encode_int8(flat, half, not unsigned)
+    state[coded] = _like(param, codes.dtype)
+    rounding.write_flat(state[coded], order, codes)
+    state[scale] = scales
+
+
+def adopt(param: Tensor, state: State, moments: tuple[str, ...], settings: Settings) -> None:
+    """Bring loaded state to the form of this optimizer: dtype, layout and device of its moments, an fp32 counter on the
+    CPU.
+
+    Args:
+        param: the parameter.
+        state: its state. Changed in place.
+        moments: names of moments that it may hold.
+        settings: those of the optimizer.
+
+    Raises:
+        ValueError: a moment has another shape than the parameter.
+    """
+    step = state.get("step")
+    if step is not None and not (
+        isinstance(step, Tensor) and step.dtype == torch.float32 and step.device.type == "cpu" and step.ndim == 0
+    ):
+        state["step"] = torch.tensor(float(step), dtype=torch.float32)
+    dtype = moment_dtype(param, settings)
+    for name in moments:
+        if state.get(name) is not None or f"{name}_q8" in state:
+            _adopt_moment(name, param, state, dtype)
+        elif name in state:
+            # torch.optim.SGD writes None where there is no buffer yet.
+            del state[name]
+    wanted = EXTRA.get(settings.weights) if param.dtype == torch.bfloat16 else None
+    for key in EXTRA.values():
+        if key in state and key != wanted:
+            warnings.warn(
+                f"the loaded state holds '{key}', which weights='{settings.weights}' does not use: the low bits of "
+                "these parameters are dropped",
+                UserWarning,
+                stacklevel=5,
+            )
+            del state[key]
+        elif key in state:
+            state[key] = _in_layout(state[key], param, torch.int16 if key == "remainder" else torch.bfloat16)
+    if "init" in state:
+        narrow = settings.init_dtype == "bfloat16"
+        wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+        state["init"] = _in_layout(state["init"], param, torch.bfloat16 if narrow else wide)
