@@ -15,6 +15,8 @@ constexpr int64_t kLongTensor = 4 * kLongChunk;
 // Fixed cost of starting a chunk, in elements, so that many small tensors are shared out fairly.
 constexpr int64_t kChunkOverhead = 256;
 constexpr int64_t kTaskCost = 16384;
+// Waking a thread takes as long as this much work.
+constexpr int64_t kWorthAThread = 131072;
 
 struct Chunk {
   int64_t tensor;
@@ -26,6 +28,9 @@ struct ChunkTable {
   std::vector<Chunk> chunks;
   // Task t is chunks[task_begin[t]] .. chunks[task_begin[t + 1] - 1].
   std::vector<int64_t> task_begin{0};
+
+  // Elements and the fixed costs of chunks, together.
+  int64_t cost = 0;
 
   int64_t num_tasks() const { return static_cast<int64_t>(task_begin.size()) - 1; }
 };
@@ -42,6 +47,7 @@ inline ChunkTable cut_into_chunks(const std::vector<int64_t>& numels) {
       const int64_t length = left < limit ? left : limit;
       table.chunks.push_back({tensor, offset, length});
       cost += length + kChunkOverhead;
+      table.cost += length + kChunkOverhead;
       if (cost >= kTaskCost) {
         table.task_begin.push_back(static_cast<int64_t>(table.chunks.size()));
         cost = 0;

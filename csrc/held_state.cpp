@@ -5,18 +5,6 @@
 namespace py = pybind11;
 
 namespace pyft {
-namespace {
-
-// Borrowed, or null. A missing key is no error here.
-PyObject* item(const py::dict& dict, const py::handle& key) {
-  PyObject* value = PyDict_GetItemWithError(dict.ptr(), key.ptr());
-  if (value == nullptr && PyErr_Occurred() != nullptr) {
-    throw py::error_already_set();
-  }
-  return value;
-}
-
-}  // namespace
 
 HeldState::HeldState(const py::list& params, std::vector<int64_t> groups, py::dict state, const py::list& keys)
     : groups_(std::move(groups)) {
@@ -25,10 +13,10 @@ HeldState::HeldState(const py::list& params, std::vector<int64_t> groups, py::di
   }
   for (const py::handle& param : params) {
     params_.push_back(py::reinterpret_borrow<py::object>(param));
-    keys_.push_back(py::reinterpret_borrow<py::tuple>(keys[keys_.size()]));
-    states_.push_back(keys_.back().empty() ? py::dict() : state[param].cast<py::dict>());
-    for (const py::handle& key : keys_.back()) {
-      tensors_.push_back(states_.back()[key]);
+    const auto of_keys = py::reinterpret_borrow<py::tuple>(keys[states_.size()]);
+    states_.push_back(of_keys.empty() ? py::dict() : state[param].cast<py::dict>());
+    for (const auto& [key, value] : states_.back()) {
+      held_.push_back(py::reinterpret_borrow<py::object>(value));
     }
   }
 }
@@ -46,14 +34,15 @@ bool HeldState::same_state(const py::dict& state) const {
     }
   }
   size_t next = 0;
-  for (size_t i = 0; i < states_.size(); ++i) {
-    for (const py::handle& key : keys_[i]) {
-      if (item(states_[i], key) != tensors_[next++].ptr()) {
+  for (const py::dict& of_one : states_) {
+    position = 0;
+    while (PyDict_Next(of_one.ptr(), &position, &param, &of_param) != 0) {
+      if (next == held_.size() || of_param != held_[next++].ptr()) {
         return false;
       }
     }
   }
-  return true;
+  return next == held_.size();
 }
 
 py::object HeldState::gradients(const py::list& param_groups, const py::dict& state) const {

@@ -27,10 +27,9 @@ class HeldState {
   std::vector<pybind11::object> params_;
   std::vector<int64_t> groups_;
   std::vector<pybind11::object> every_state_;
-  std::vector<pybind11::tuple> keys_;
   std::vector<pybind11::dict> states_;
-  // One for each key of each parameter.
-  std::vector<pybind11::object> tensors_;
+  // All values of all of these dicts, in their order: looking keys up would take several times as long.
+  std::vector<pybind11::object> held_;
 };
 
 }  // namespace pyft

@@ -23,7 +23,7 @@ struct alignas(64) TaskRange {
 template <class Work>
 void for_each_chunk(const ChunkTable& table, const Work& work) {
   const int64_t tasks = table.num_tasks();
-  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), tasks);
+  const int64_t workers = std::min<int64_t>({torch::stable::get_num_threads(), tasks, table.cost / kWorthAThread + 1});
   std::vector<TaskRange> ranges(workers);
   for (int64_t w = 0; w < workers; ++w) {
     ranges[w].next = w * tasks / workers;

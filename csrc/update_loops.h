@@ -310,22 +310,15 @@ PYFT_LOOPS_TARGET inline const float* load_grad(const TensorUpdate& t, int64_t b
   return buffer;
 }
 
-// The pull toward the first value. Returns the scale that the gradient still has to be multiplied by.
-PYFT_LOOPS_TARGET inline float pull_to_init(const TensorUpdate& t, int64_t begin, float* __restrict__ p,
-                                            float* __restrict__ g, int64_t length) {
-  float init[kBlock];
-  widen(t.init, begin, init, length);
-  const float pull = t.init_pull, scale = t.grad_scale;
-  if (kRuleInfo[static_cast<int>(t.rule)].decoupled_decay) {
-    for (int64_t i = 0; i < length; ++i) {
-      p[i] = p[i] - pull * (p[i] - init[i]);
-    }
-    return scale;
-  }
+// The pull toward the first value, as the parameter is before the rule: what is to be added to a gradient that is
+// scaled already, or taken from the parameter after the rule.
+PYFT_LOOPS_TARGET inline void pull_to_init(const TensorUpdate& t, int64_t begin, const float* __restrict__ p,
+                                           float* __restrict__ pull, int64_t length) {
+  widen(t.init, begin, pull, length);
+  const float factor = t.init_pull;
   for (int64_t i = 0; i < length; ++i) {
-    g[i] = g[i] * scale + pull * (p[i] - init[i]);
+    pull[i] = factor * (p[i] - pull[i]);
   }
-  return 1.0f;
 }
 
 // At most kBlock elements, of any format.
@@ -345,10 +338,26 @@ PYFT_LOOPS_TARGET inline void update_block(const TensorUpdate& t, int64_t begin,
       coded.scale[k] = moment.scale[begin / kBlock];
     }
   }
-  const float scale = t.init_pull == 0.0f ? t.grad_scale : pull_to_init(t, begin, p, g_buffer, length);
+  const bool decoupled = kRuleInfo[static_cast<int>(t.rule)].decoupled_decay;
+  float scale = t.grad_scale;
+  alignas(64) float pull[kBlock];
+  if (t.init_pull != 0.0f) {
+    pull_to_init(t, begin, p, pull, length);
+    if (!decoupled) {
+      for (int64_t i = 0; i < length; ++i) {
+        g_buffer[i] = g_buffer[i] * scale + pull[i];
+      }
+      scale = 1.0f;
+    }
+  }
   const RuleLoop rule =
       is_coded ? kRuleLoops<true>[static_cast<int>(t.rule)] : kRuleLoops<false>[static_cast<int>(t.rule)];
   rule(p, g, coded, moments[0], moments[1], moments[2], length, scale, t.step);
+  if (t.init_pull != 0.0f && decoupled) {
+    for (int64_t i = 0; i < length; ++i) {
+      p[i] -= pull[i];
+    }
+  }
   store_param(t, begin, p, length);
   for (int k = 0; k < kMoments; ++k) {
     if (moments[k] == moment_buffer[k]) {

@@ -23,6 +23,10 @@ constexpr const char* kSlotNames[kSlots] = {"first",       "second", "third", "f
 bool is_moment(Slot slot) { return slot <= kThird; }
 bool is_scale(Slot slot) { return slot >= kFirstScale && slot <= kThirdScale; }
 
+bool is_scales(const TensorView& t, int64_t numel) {
+  return t.is_fp32_cpu() && t.dim == 1 && t.sizes[0] == numel && (numel <= 1 || t.strides[0] == 1);
+}
+
 std::optional<WeightFormat> weight_format(int32_t dtype, WeightMode mode) {
   const std::optional<FloatFormat> format = float_format(dtype);
   if (!format.has_value()) {
@@ -136,7 +140,7 @@ void UpdatePlan::adopt_slot(TensorUpdate& update, size_t i, Slot slot, const Ten
     fits = format.has_value();
     update.moments[slot].format = format.value_or(MomentFormat::none);
   } else if (is_scale(slot)) {
-    fits = view.is_fp32_cpu() && view.numel() == (numels_[i] + kBlock - 1) / kBlock;
+    fits = is_scales(view, (numels_[i] + kBlock - 1) / kBlock);
   } else if (slot == kExtra) {
     fits = view.dtype == (weights_ == WeightMode::split32 ? int16 : bf16);
   } else if (slot == kInit) {
@@ -162,7 +166,7 @@ bool UpdatePlan::point_at(TensorUpdate& update, size_t i, const Held& held, cons
   }
   if (is_scale(held.slot)) {
     update.moments[held.slot - kFirstScale].scale = static_cast<float*>(view.data);
-    return view.numel() == held.numel;
+    return is_scales(view, held.numel);
   }
   if (is_moment(held.slot)) {
     update.moments[held.slot].data = view.data;

@@ -70,17 +70,13 @@ struct RuleHyper {
   double decay_to_init;
 
   double lr() const { return numbers[0]; }
-  double weight_decay() const { return numbers[rule <= Rule::adam_amsgrad ? 4 : 3]; }
   bool maximize() const { return numbers[kRuleInfo[static_cast<int>(rule)].hyper_count - 1] != 0.0; }
 };
 
-// What (param - init) is multiplied by: with decoupled decay the rule still multiplies the parameter by 1 - lr * decay.
+// What (param - init) is multiplied by.
 inline float init_pull(const RuleHyper& h) {
-  const double kept = 1.0 - h.lr() * h.weight_decay();
-  if (!kRuleInfo[static_cast<int>(h.rule)].decoupled_decay) {
-    return static_cast<float>(h.decay_to_init);
-  }
-  return static_cast<float>(h.lr() * h.decay_to_init / (kept == 0.0 ? 1.0 : kept));
+  const bool decoupled = kRuleInfo[static_cast<int>(h.rule)].decoupled_decay;
+  return static_cast<float>(decoupled ? h.lr() * h.decay_to_init : h.decay_to_init);
 }
 
 // `step` counts from 1; `first`: the moments were made for this step.

@@ -292,7 +292,7 @@ def _build_entry(folder: Path, config: BuildConfig, tools: Tools) -> Path:
     entry.mkdir(mode=0o700, exist_ok=True)
     (entry / cache.COMPLETE).unlink(missing_ok=True)
     log = entry / cache.LOG
-    say(f"compiling the core (once, about 15 s), log: {log}")
+    say(f"compiling the core (once, about half a minute), log: {log}")
     start = time.monotonic()
     temporary = Path(tempfile.mkdtemp(prefix=cache.BUILD_PREFIX, dir=entry))
     try:

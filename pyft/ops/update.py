@@ -149,15 +149,17 @@ def update_reference_(param: Tensor, grad: Tensor, state: Mapping[str, Tensor], 
     order = rounding.memory_order(param)
     g = rounding.flat(g, order)
     p = _read_weights(param, state, step.weights, wide)
+    pull = None
     if "init" in state and step.decay_to_init != 0.0:
         away = p - rounding.flat(state["init"], order).to(wide)
         if rule.decoupled_decay:
-            kept = 1.0 - hyper["lr"] * hyper["weight_decay"]
-            p = p - (hyper["lr"] * step.decay_to_init / (kept or 1.0)) * away
+            pull = (hyper["lr"] * step.decay_to_init) * away
         else:
             g = g + step.decay_to_init * away
     moments = {name: _read_moment(state, name, order, wide) for name in rule.kept}
     value = rule.element(p, g, moments, hyper, float(count), step.first)
+    if pull is not None:
+        value = value - pull
     _write_weights(param, state, value, step, count)
     key = rounding.random_key(step.seed, step.number, count)
     for place, name in enumerate(rule.moments):
@@ -273,9 +275,10 @@ def fits_core(param: Tensor, state: Mapping[str, Tensor]) -> bool:
         if key == "step":
             if tensor.dtype != torch.float32:
                 return False
-        elif not key.endswith("_scale") and (
-            tensor.stride() != param.stride() or tensor.dtype in (torch.float64, torch.float16)
-        ):
+        elif key.endswith("_scale"):
+            if not tensor.is_contiguous():
+                return False
+        elif tensor.stride() != param.stride() or tensor.dtype in (torch.float64, torch.float16):
             return False
     return True
 

@@ -18,7 +18,7 @@ from pyft.ops.update import check_parameter
 from pyft.optim import state as state_of
 from pyft.optim.backward import BackwardNorms, UpdateHooks
 from pyft.optim.decide import Decision, decide
-from pyft.optim.options import Settings, checked
+from pyft.optim.options import Settings, StepOptions, checked
 from pyft.optim.step_plan import GroupStep, Member, StepPlan
 
 
@@ -111,6 +111,7 @@ class CoreOptimizer(torch.optim.Optimizer):
     def _watch(self) -> None:
         params = [param for group in self.param_groups for param in group["params"]]
         if self.settings.step_in_backward:
+            _refuse_several_processes()
             self._hooks = self._hooks or UpdateHooks(self._update_in_backward)
             self._hooks.watch(params)
         if self._own_norms and self._norms is None:
@@ -163,6 +164,11 @@ class CoreOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, for instance after unfreezing them; their step counters start at 0."""
+        foreign = [key for key in param_group if key in StepOptions.__annotations__ and key != "decay_to_init"]
+        if foreign:
+            raise ValueError(
+                f"{foreign[0]} is for the whole optimizer, not for a group; give it to {type(self).__name__}()"
+            )
         super().add_param_group(param_group)
         try:
             self._check(self.param_groups[-1])
@@ -439,6 +445,15 @@ class CoreOptimizer(torch.optim.Optimizer):
         self.skipped_steps += skipped
         total = math.sqrt(sum(sorted(done.sums))) if done.sums else None
         self.last_step = LastStep(total, done.smallest, skipped, done.bad, self.skipped_steps)
+
+
+def _refuse_several_processes() -> None:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise ValueError(
+            "step_in_backward=True in several processes would update before gradients are averaged over them; use "
+            "step_in_backward=False"
+        )
 
 
 def at_least_zero(group: dict[str, Any], *names: str) -> None:

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
@@ -45,7 +46,7 @@ class StepOptions(TypedDict, total=False):
         weights: of bfloat16 parameters. "plain"; "split32": with 16 more bits in the state, exactly as a float32
             master; "kahan": with a bfloat16 compensation; "stochastic": rounded at random. Default: "plain".
         step_in_backward: each parameter is updated in backward, as soon as its gradient is there, and the gradient
-            freed. Default: False.
+            freed. Every backward is a step: not for accumulation, GradScaler or several processes. Default: False.
         norm_in_backward: True, or what `pyft.optim.norm_in_backward` gave: norms are taken in backward, while
             gradients are in the cache. Default: False.
         seed: of all stochastic rounding. Default: 0.
@@ -117,9 +118,15 @@ def _one_of(name: str, value: Any, allowed: Any) -> Any:
 
 
 def _above_zero(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0.0:
+    if isinstance(value, bool) or not isinstance(value, Real) or not float(value) > 0.0:
         raise ValueError(f"{name} must be above 0 or None, got {value!r}")
     return float(value)
+
+
+def _seed(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
+        raise ValueError(f"seed must be an integer of 64 bits, got {value!r}")
+    return value
 
 
 def _limits(clip_norm: float | Mapping[str, float] | None, clip_mode: str) -> Limits:
@@ -169,7 +176,7 @@ def checked(options: Mapping[str, Any], owner: str) -> Settings:
         weights=_one_of("weights", options.get("weights", "plain"), WEIGHTS),
         init_dtype=_one_of("init_dtype", options.get("init_dtype", "float32"), INIT_DTYPES),
         step_in_backward=in_backward,
-        seed=int(options.get("seed", 0)),
+        seed=_seed(options.get("seed", 0)),
     )
 
 

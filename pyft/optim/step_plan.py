@@ -69,6 +69,7 @@ class StepPlan:
         self.members, self.weights, self.seed = members, weights, seed
         self.params = [member.param for member in members]
         self.rules = list(rules)
+        self._fresh = any(member.fresh for member in members)
         self.grads: list[Any] = []
         # With copies in the parameter's layout, alive as long as the core holds their addresses.
         self.relaid: list[Tensor] = []
@@ -130,6 +131,8 @@ class StepPlan:
 
     def _take(self, grads: list[Tensor]) -> bool:
         refuse_sparse([grads[i] for i in self.slow])
+        for i in self.slow:
+            _check_shape(self.params[i], grads[i])
         self.grads, self._row_factors = grads, {}
         if self.core_plan is None:
             return True
@@ -138,6 +141,7 @@ class StepPlan:
         if to_be_copied:
             fast = list(fast)
             for i in to_be_copied:
+                _check_shape(self.fast_params[i], fast[i])
                 grad = fast[i] if core_takes(fast[i]) else fast[i].to(device="cpu", dtype=torch.float32)
                 fast[i] = in_layout_of(self.fast_params[i], grad)
             self.relaid = fast
@@ -210,8 +214,10 @@ class StepPlan:
             update_reference_(member.param, self.grads[i], member.state, step)
             if free:
                 member.param.grad = None
-        for member in self.members:
-            member.fresh = False
+        if self._fresh:
+            for member in self.members:
+                member.fresh = False
+            self._fresh = False
         self.grads, self.relaid, self._row_factors = [], [], {}
 
     def _core_step(
@@ -266,6 +272,14 @@ def _row_factors(param: Tensor, grad: Tensor, clip_value: float | None, limit: f
     norms = sums.sqrt()
     factors = torch.where((norms > allowed) & norms.isfinite() & allowed.isfinite(), allowed / norms, 1.0)
     return sums, factors.float()
+
+
+def _check_shape(param: Tensor, grad: Tensor) -> None:
+    if grad.shape != param.shape:
+        raise ValueError(
+            f"a gradient has shape {tuple(grad.shape)}, its parameter {tuple(param.shape)}: one of them was replaced "
+            "after backward; set p.grad to None, or run backward again"
+        )
 
 
 def refuse_sparse(grads: Sequence[Tensor]) -> None:

@@ -79,8 +79,11 @@ def test_error_of_a_step(backend: str, name: str, kind: str, size: int, array: A
             (np.abs(got - want) / (largest + 1e-45)).max(),
         )
         if key in ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"):
+            # Never 0 beside what is not 0: a weight would be divided by eps alone.
             assert np.all(got >= 0.0), key
-        assert np.all(got[want == 0.0] == 0.0), key
+            assert np.all(got[want == 0.0] <= 1e-9 * largest[want == 0.0]), key
+        else:
+            assert np.all(got[want == 0.0] == 0.0), key
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
