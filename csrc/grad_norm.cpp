@@ -21,6 +21,11 @@ void reduce_chunks(const ChunkTable& table, const std::vector<FloatData>& data, 
   cpu_target();  // an unusable PYFT_CPU_TARGET is reported here, not inside the parallel region
   for_each_chunk(table, [&](int64_t c) {
     const Chunk& chunk = table.chunks[c];
+    if (c + 1 < static_cast<int64_t>(table.chunks.size()) && chunk.length <= kShortChunk) {
+      const Chunk& next = table.chunks[c + 1];
+      const int64_t size = data[next.tensor].format == FloatFormat::fp32 ? 4 : 2;
+      fetch_ahead(static_cast<const char*>(data[next.tensor].data) + size * next.offset, size * next.length);
+    }
     partial[c] = value(data[chunk.tensor], chunk.offset, chunk.length);
   });
 }

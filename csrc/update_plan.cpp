@@ -63,6 +63,20 @@ T by_name(const std::string& name, const char* what, const char* const* names, i
   return T{};
 }
 
+// The four arrays that nearly every rule reads.
+void fetch_chunk(const TensorUpdate& update, const Chunk& chunk) {
+  const auto fetch = [&chunk](const void* data, int64_t size) {
+    if (data != nullptr) {
+      fetch_ahead(static_cast<const char*>(data) + size * chunk.offset, size * chunk.length);
+    }
+  };
+  fetch(update.param, update.weights == WeightFormat::fp32 ? 4 : 2);
+  fetch(update.grad.data, update.grad.format == FloatFormat::fp32 ? 4 : 2);
+  for (const Moment& moment : update.moments) {
+    fetch(moment.data, moment.format == MomentFormat::fp32 ? 4 : moment.format == MomentFormat::bf16 ? 2 : 1);
+  }
+}
+
 }  // namespace
 
 Slot slot_by_name(const std::string& name) { return by_name<Slot>(name, "key", kSlotNames, kSlots); }
@@ -374,6 +388,9 @@ void UpdatePlan::step(const std::vector<RuleHyper>& groups, const std::vector<do
   }
   for_each_chunk(table_, [&](int64_t c) {
     const Chunk& chunk = table_.chunks[c];
+    if (c + 1 < static_cast<int64_t>(table_.chunks.size()) && chunk.length <= kShortChunk) {
+      fetch_chunk(updates_[table_.chunks[c + 1].tensor], table_.chunks[c + 1]);
+    }
     update_cpu(updates_[chunk.tensor], chunk.offset, chunk.length);
     if (free != nullptr && --left[chunk.tensor] == 0) {
       free->release(chunk.tensor);
