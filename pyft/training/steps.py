@@ -13,7 +13,7 @@ from pyft.errors import ConfigError, NonFiniteError
 from pyft.samples import Batch
 from pyft.training.nonfinite import nonfinite_error
 from pyft.training.objectives import Objective
-from pyft.training.optimizers import NamedParameters, make_update
+from pyft.training.optimizers import NamedParameters
 from pyft.training.run_state import Run
 from pyft.training.seeds import step_seed
 
@@ -49,7 +49,6 @@ class Stepper:
         self.group_samples = 0
         self._key = 0
         self._parameters = [parameter for _, parameter in named]
-        self._update = make_update(optimizer, named, run.settings)
         self._on_cpu = device.type == "cpu"
         self._loss_sum: Tensor | None = None
 
@@ -87,7 +86,7 @@ class Stepper:
             self._count(loss, weight)
             (loss if weight == total else loss * (weight / total)).backward()
         try:
-            self._update()
+            self.optimizer.step()
         except NonFiniteError as error:
             raise self._nonfinite(str(error).partition(";")[0]) from None
         self.run.position.lr = self.optimizer.param_groups[0]["lr"]

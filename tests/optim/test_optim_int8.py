@@ -250,3 +250,22 @@ def test_moments_of_fp16_and_bf16_parameters(backend: str) -> None:
                 optimizer.step()
             assert bool((param < 0.99).all()), name
             assert bool(torch.isfinite(param).all()), name
+
+
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "int8"])
+def test_a_slow_average_does_not_stick(backend: str, state_dtype: str) -> None:
+    """exp_avg_sq of elements whose gradient is gone falls by beta2 a step, less than half a code or bf16 step."""
+    param = torch.nn.Parameter(torch.zeros(256))
+    optimizer = optim.AdamW([param], lr=0.0, betas=(0.9, 0.999), state_dtype=state_dtype)
+    for step in range(800):
+        grad = torch.ones(256)
+        if step >= 100:
+            grad[128:] = 0.0
+        param.grad = grad
+        optimizer.step()
+    wide = optim.AdamW([torch.nn.Parameter(torch.zeros(256))])
+    wide.load_state_dict(optimizer.state_dict())
+    kept = next(iter(wide.state.values()))["exp_avg_sq"]
+    want = (1 - 0.999**100) * 0.999**700
+    assert float(kept[128:].mean()) == pytest.approx(want, rel=0.1)
+    assert float(kept[:128].mean()) == pytest.approx(1 - 0.999**800, rel=0.1)
