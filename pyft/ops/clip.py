@@ -41,18 +41,28 @@ def _as_rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(1, tensor.numel()) if tensor.ndim <= 1 else tensor.flatten(1)
 
 
+def agc_factors(
+    grad: torch.Tensor, param: torch.Tensor, clipping: float, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Brock et al. 2021, eq. 3: sums of squares and factors of the rows of a gradient, (rows,) float64 each.
+
+    A row that is not finite has the factor 1.
+    """
+    sums = _as_rows(grad).to(torch.float64).square().sum(1)
+    norms = sums.sqrt()
+    param_norms = torch.linalg.vector_norm(_as_rows(param), 2.0, dim=1, dtype=torch.float64)
+    limit = clipping * param_norms.to(grad.device).clamp(min=eps)
+    clipped = (norms > limit) & norms.isfinite() & limit.isfinite()
+    return sums, torch.where(clipped, limit / norms, 1.0)
+
+
 def agc_grads_reference_(
     grads: Sequence[torch.Tensor], params: Sequence[torch.Tensor], clipping: float, eps: float
 ) -> None:
     """The same as `agc_grads_` in PyTorch, for any floating dtype, layout and device."""
     with torch.no_grad():
         for grad, param in zip(grads, params, strict=True):
-            grad_norm, param_norm = (
-                torch.linalg.vector_norm(_as_rows(tensor), 2.0, dim=1, dtype=torch.float64) for tensor in (grad, param)
-            )
-            limit = clipping * param_norm.to(grad.device).clamp(min=eps)
-            clipped = (grad_norm > limit) & grad_norm.isfinite() & limit.isfinite()
-            factor = torch.where(clipped, limit / grad_norm, 1.0).to(_wide(grad))
+            factor = agc_factors(grad, param, clipping, eps)[1].to(_wide(grad))
             factor = factor.reshape(()) if grad.ndim <= 1 else factor.reshape(-1, *[1] * (grad.ndim - 1))
             grad.copy_(grad.to(_wide(grad)) * factor)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyft.core.loader import load_core
+from pyft.ops.clip import agc_factors
 from pyft.ops.grad_norm import core_takes, norm_float64
 from pyft.ops.handles import handles_available, tensor_handles
 from pyft.ops.rules import Rule
@@ -260,17 +261,11 @@ def _sum_of_squares(grad: Tensor, clip_value: float | None) -> float:
 
 
 def _row_factors(param: Tensor, grad: Tensor, clip_value: float | None, limit: float) -> tuple[Tensor, Tensor]:
-    def rows(tensor: Tensor) -> Tensor:
-        return tensor.double().reshape(1, -1) if tensor.ndim <= 1 else tensor.double().flatten(1)
-
-    g = rows(grad.detach())
-    finite = g.isfinite().all(1)
+    g = grad.detach().double()
     if clip_value is not None:
-        g = g.clamp(-clip_value, clip_value)
-    sums = torch.where(finite, g.square().sum(1), math.nan)
-    allowed = limit * rows(param).norm(dim=1).clamp(min=AGC_EPS)
-    norms = sums.sqrt()
-    factors = torch.where((norms > allowed) & norms.isfinite() & allowed.isfinite(), allowed / norms, 1.0)
+        # What is not finite stays so, to be found.
+        g = torch.where(g.isfinite(), g.clamp(-clip_value, clip_value), math.nan)
+    sums, factors = agc_factors(g, param, limit, AGC_EPS)
     return sums, factors.float()
 
 
