@@ -1,10 +1,12 @@
-"""How to keep a moment in 8 bits: pyft's companded linear map against the dynamic one of Dettmers et al., 2022.
+"""How to keep a moment in 8 bits: pyft's small floats against companded linear codes and a dynamic map.
 
-Both on blocks of 256, with moments of AdamW as a model in training has them: accuracy of what is kept, and of an update
-made from it; and the time of a step. pytest bench/bench_state_maps.py
+All on blocks of 256, with moments of AdamW as a model in training has them: accuracy of what is kept, and of an update
+made from it; once, and over many steps of rounding. pytest bench/bench_state_maps.py
 """
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
@@ -36,6 +38,18 @@ def through_dynamic(x: Tensor, signed: bool) -> Tensor:
     return (codes[nearest] * scale).view(-1)
 
 
+def companded(x: Tensor, signed: bool, fraction: Tensor) -> Tensor:
+    """Linear codes of a square root, or of a fourth root for what is not negative (FlashOptim, arXiv 2602.23349).
+    `fraction`: 0.5 for the nearest code, or uniform in [0, 1)."""
+    blocks = x.view(-1, BLOCK)
+    scale = blocks.abs().amax(1, keepdim=True).clamp(min=1e-38)
+    codes, power = (127, 2) if signed else (255, 4)
+    size = (codes * (blocks.abs() / scale) ** (1 / power) + fraction.view(-1, BLOCK)).floor().clamp(max=codes)
+    if not signed:
+        size = size.clamp(min=1)
+    return (blocks.sign() * (size / codes) ** power * scale).view(-1)
+
+
 def moments(steps: int = 200, size: int = BLOCK * 512) -> tuple[Tensor, Tensor]:
     """Moments after many steps, with gradients whose size differs by 10^4 between elements of a block."""
     generator = torch.Generator().manual_seed(0)
@@ -62,7 +76,8 @@ def test_accuracy(record) -> None:
     m, v = moments()
     exact = m / (v.sqrt() + 1e-10)
     kept = {
-        "companded linear (pyft)": through_pyft(m, v),
+        "small floats (pyft)": through_pyft(m, v),
+        "companded linear": tuple(companded(x, x is m, torch.full_like(x, 0.5)) for x in (m, v)),
         "dynamic": (through_dynamic(m, True), through_dynamic(v, False)),
     }
     errors = {}
@@ -79,7 +94,7 @@ def test_accuracy(record) -> None:
             update=errors[name],
             worst_update=float((update - exact).abs().max()),
         )
-    assert errors["companded linear (pyft)"] < errors["dynamic"]
+    assert errors["small floats (pyft)"] < min(errors["dynamic"], errors["companded linear"])
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -87,3 +102,52 @@ def test_dynamic_map_is_complete(signed: bool) -> None:
     codes = dynamic_map(signed)
     assert len(codes) == 256
     assert bool((codes.diff() > 0).all())
+
+
+def gradients(spread: float, steps: int, size: int = BLOCK * 64) -> list[Tensor]:
+    """Of elements whose sizes differ by 10^spread within each block."""
+    generator = torch.Generator().manual_seed(1)
+    size_of = 10.0 ** (torch.rand(size, generator=generator) * spread - 4)
+    drift = torch.randn(size, generator=generator) * 0.2
+    return [(torch.randn(size, generator=generator) + drift) * size_of for _ in range(steps)]
+
+
+def updates_of_pyft(history: list[Tensor], state_dtype: str) -> list[Tensor]:
+    """What AdamW takes from a weight in each step, over lr."""
+    param = torch.nn.Parameter(torch.zeros_like(history[0]))
+    optimizer = pyft.optim.AdamW([param], lr=1.0, eps=1e-12, weight_decay=0.0, state_dtype=state_dtype)
+    updates = []
+    for g in history:
+        param.grad = g.clone()
+        with torch.no_grad():
+            param.zero_()
+        optimizer.step()
+        updates.append(-param.detach().clone())
+    return updates
+
+
+def updates_of_companded(history: list[Tensor]) -> list[Tensor]:
+    """The same with linear codes of roots, rounded at random."""
+    generator = torch.Generator().manual_seed(0)
+    m, v = torch.zeros_like(history[0]), torch.zeros_like(history[0])
+    updates = []
+    for step, g in enumerate(history, start=1):
+        m, v = m.lerp(g, 0.1), v * 0.999 + g * g * 0.001
+        updates.append((m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-12))
+        m, v = (companded(x, x is m, torch.rand(x.shape, generator=generator)) for x in (m, v))
+    return updates
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 2.0, 4.0])
+def test_updates_after_many_roundings(record, spread: float) -> None:
+    history = gradients(spread, steps=1000)
+    exact = updates_of_pyft(history, "float32")[300:]
+    errors = {}
+    for name, updates in (
+        ("small floats (pyft)", updates_of_pyft(history, "int8")),
+        ("companded linear", updates_of_companded(history)),
+    ):
+        wrong = sum(float((a - b).square().sum()) for a, b in zip(updates[300:], exact, strict=True))
+        errors[name] = math.sqrt(wrong / sum(float(b.square().sum()) for b in exact))
+        record("8-bit maps: updates", f"gradients over 10^{spread:.0f}", name, float("nan"), error=errors[name])
+    assert errors["small floats (pyft)"] < 0.15

@@ -31,7 +31,7 @@ void reduce_chunks(const ChunkTable& table, const std::vector<FloatData>& data, 
 }
 
 double add_over_tensors(const ChunkTable& table, const std::vector<double>& partial, size_t num_tensors) {
-  return add_sorted(sum_per_tensor(table, partial, static_cast<int64_t>(num_tensors)));
+  return add_exactly(sum_per_tensor(table, partial, static_cast<int64_t>(num_tensors)));
 }
 
 double largest_magnitude(const ChunkTable& table, const std::vector<FloatData>& data, std::vector<double>& partial) {
@@ -63,15 +63,38 @@ std::vector<double> sum_per_tensor(const ChunkTable& table, const std::vector<do
   return sums;
 }
 
-double add_sorted(std::vector<double> sums) {
-  // NaN has no place in an order.
-  if (std::any_of(sums.begin(), sums.end(), [](double sum) { return std::isnan(sum); })) {
-    return std::numeric_limits<double>::quiet_NaN();
+double add_exactly(const std::vector<double>& terms) {
+  // Numbers that do not overlap, from small to large, whose exact sum is that of the terms so far.
+  std::vector<double> parts;
+  double plain = 0.0;
+  for (double term : terms) {
+    plain += term;
+    size_t kept = 0;
+    for (double part : parts) {
+      const double sum = term + part, of_part = sum - term;
+      const double lost = (term - (sum - of_part)) + (part - of_part);
+      if (lost != 0.0) {
+        parts[kept++] = lost;
+      }
+      term = sum;
+    }
+    parts.resize(kept);
+    parts.push_back(term);
   }
-  std::sort(sums.begin(), sums.end());
-  double total = 0.0;
-  for (double sum : sums) {
-    total += sum;
+  if (!std::isfinite(plain)) {
+    return plain;
+  }
+  double total = 0.0, lost = 0.0;
+  size_t left = parts.size();
+  while (left > 0 && lost == 0.0) {
+    const double part = parts[--left], sum = total + part;
+    lost = part - (sum - total);
+    total = sum;
+  }
+  // Half-way cases are decided by what is left below.
+  if (left > 0 && ((lost > 0.0 && parts[left - 1] > 0.0) || (lost < 0.0 && parts[left - 1] < 0.0))) {
+    const double twice = 2.0 * lost, sum = total + twice;
+    return twice == sum - total ? sum : total;
   }
   return total;
 }

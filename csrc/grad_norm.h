@@ -18,8 +18,9 @@ void sum_of_squares_per_chunk(const ChunkTable& table, const std::vector<FloatDa
 // One sum for each tensor: its chunks added in order.
 std::vector<double> sum_per_tensor(const ChunkTable& table, const std::vector<double>& partial, int64_t num_tensors);
 
-// Added from the smallest to the largest: the same bits for any order. NaN if any is NaN.
-double add_sorted(std::vector<double> sums);
+// Their sum, rounded once, hence the same bits for any order (Shewchuk, "Adaptive Precision Floating-Point Arithmetic",
+// 1997, section 2.4; Python's math.fsum). Not finite if any term is not.
+double add_exactly(const std::vector<double>& terms);
 
 // The p-norm of all elements of all tensors together, 0 < p <= INFINITY. NaN if any element is NaN, else inf if any is
 // infinite. The same bits for any number of threads and any order of tensors.

@@ -49,16 +49,18 @@ struct ScaledPower {
 template <class Element, class Term>
 PYFT_HOST_DEVICE double sum_of_terms(const Element* x, int64_t length, const Term& term) {
   constexpr int kSums = kStreams * kLanes;
-  constexpr int64_t kFetchAhead = kFetchAheadBytes / static_cast<int64_t>(sizeof(Element));
   double sums[kSums] = {};
   const int64_t quarter = length / kSums * kLanes;
+  // A short quarter ends before: what lies behind it would be loaded in vain.
+  const int64_t far = kFetchAheadBytes / static_cast<int64_t>(sizeof(Element));
+  const int64_t ahead = quarter > 2 * far ? far : 0;
   for (int64_t i = 0; i < quarter; i += kLanes) {
 #ifndef __CUDACC__
     // Written out: a prefetch inside the loop over streams keeps it from being vectorised.
-    __builtin_prefetch(x + i + kFetchAhead);
-    __builtin_prefetch(x + quarter + i + kFetchAhead);
-    __builtin_prefetch(x + 2 * quarter + i + kFetchAhead);
-    __builtin_prefetch(x + 3 * quarter + i + kFetchAhead);
+    __builtin_prefetch(x + i + ahead);
+    __builtin_prefetch(x + quarter + i + ahead);
+    __builtin_prefetch(x + 2 * quarter + i + ahead);
+    __builtin_prefetch(x + 3 * quarter + i + ahead);
 #endif
     for (int stream = 0; stream < kStreams; ++stream) {
       for (int lane = 0; lane < kLanes; ++lane) {

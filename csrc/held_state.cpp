@@ -45,17 +45,45 @@ bool HeldState::same_state(const py::dict& state) const {
   return next == held_.size();
 }
 
+namespace {
+
+// What `param.grad` calls in the end, without the search through the classes for it. Null for a class of the user's
+// own, which may have a `grad` of its own.
+PyGetSetDef* grad_of(PyTypeObject* type) {
+  static PyObject* const tensor = py::object(py::module_::import("torch").attr("Tensor")).release().ptr();
+  static PyObject* const parameter = py::object(py::module_::import("torch.nn").attr("Parameter")).release().ptr();
+  static PyGetSetDef* const found = [] {
+    const py::object of_base = py::handle(tensor).attr("grad");
+    const bool plain = Py_IS_TYPE(of_base.ptr(), &PyGetSetDescr_Type);
+    return plain ? reinterpret_cast<PyGetSetDescrObject*>(of_base.ptr())->d_getset : nullptr;
+  }();
+  PyObject* const asked = reinterpret_cast<PyObject*>(type);
+  return asked == tensor || asked == parameter ? found : nullptr;
+}
+
+py::object gradient(PyObject* param) {
+  static const py::str* const name = new py::str("grad");
+  PyGetSetDef* const getter = grad_of(Py_TYPE(param));
+  PyObject* grad = getter == nullptr ? PyObject_GetAttr(param, name->ptr()) : getter->get(param, getter->closure);
+  if (grad == nullptr) {
+    throw py::error_already_set();
+  }
+  return py::reinterpret_steal<py::object>(grad);
+}
+
+}  // namespace
+
 py::object HeldState::gradients(const py::list& param_groups, const py::dict& state) const {
   if (!same_state(state)) {
     return py::none();
   }
-  const py::str params_key("params"), grad_name("grad");
+  const py::str params_key("params");
   py::list grads;
   size_t next = 0;
   int64_t number = 0;
   for (const py::handle& group : param_groups) {
     for (const py::handle& param : group[params_key].cast<py::list>()) {
-      py::object grad = param.attr(grad_name);
+      py::object grad = gradient(param.ptr());
       if (grad.is_none()) {
         continue;
       }

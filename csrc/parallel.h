@@ -15,7 +15,7 @@ namespace pyft {
 // Begins to load the first bytes of what comes next. A short chunk is over before the hardware has seen the pattern of
 // its accesses, so each begins with a wait unless it was announced.
 inline void fetch_ahead(const void* data, int64_t bytes) {
-  constexpr int64_t kMost = 1024, kLine = 64;
+  constexpr int64_t kMost = 2048, kLine = 64;
   const char* first = static_cast<const char*>(data);
   for (int64_t offset = 0; offset < std::min(bytes, kMost); offset += kLine) {
     __builtin_prefetch(first + offset);

@@ -55,67 +55,55 @@ PYFT_HOST_DEVICE float join(Bf16 high, int16_t low) {
   return float_of((static_cast<uint32_t>(high.bits) << 16) + static_cast<uint32_t>(static_cast<int32_t>(low)));
 }
 
-// 8-bit moments, relative to the largest of their block. Companding, as in FlashOptim (arXiv 2602.23349), by a power
-// taken on the bits of the float: halving or quartering them is its square or fourth root up to 6 %, and exactly
-// reversible. Codes are rounded with random bits, or a moving average whose change is less than half a code would never
-// move.
-template <int kShift>
-constexpr uint32_t kPowerBias = 0x3f800000u - (0x3f800000u >> kShift);
-
-template <int kShift>
-PYFT_HOST_DEVICE float compress(float x) {
-  return float_of((bits_of(x) >> kShift) + kPowerBias<kShift>);
-}
-
-constexpr int kSignedShift = 1;
-constexpr int kUnsignedShift = 2;
-// Below this a block is kept as zeros: its reciprocal would overflow.
-constexpr uint32_t kSmallestScaleBits = 0x00800000u;
+// 8-bit moments: floats of 3 bits after the point and, relative to the largest of their block, 16 powers of two for a
+// moment of either sign, 32 for one that is never negative. Rounded with random bits, or a moving average whose change
+// is less than half a code would never move; within a power of two codes are equally far apart, so the mean is exact.
+constexpr int kCodeShift = 20;
+constexpr uint32_t kCode = 1u << kCodeShift;
+constexpr uint32_t kInfinityBits = 0x7f800000u;
 
 // Random bits for the codes of a block: the fractional parts of multiples of the golden ratio, from a random start.
 // Each is uniform, and one multiplication cheaper than random_bits.
 constexpr uint32_t kGolden = 0x9e3779b9u;
 
-// In [1, 2), from the upper 23 bits.
-PYFT_HOST_DEVICE float one_to_two(uint32_t random) { return float_of((random >> 9) | 0x3f800000u); }
-
-// For numbers that are not negative: their bits are in the same order, and unlike for floats, compilers know how to
-// take the minimum of many integers at once. NaN counts as the largest.
-PYFT_HOST_DEVICE float smaller(float x, float y) {
-  const uint32_t a = bits_of(x), b = bits_of(y);
-  return float_of(a < b ? a : b);
-}
-PYFT_HOST_DEVICE float larger(float x, float y) {
-  const uint32_t a = bits_of(x), b = bits_of(y);
-  return float_of(a > b ? a : b);
+// The scale of a block, a power of two, from the bits of its largest size: what is rounded up stays below its double.
+// inf if the block holds NaN or inf.
+PYFT_HOST_DEVICE float block_scale(uint32_t largest) {
+  const uint32_t finite = largest < kInfinityBits ? largest : kInfinityBits;
+  return float_of((finite + 2 * kCode) & kInfinityBits);
 }
 
-// sign * 127 codes for a moment of either sign. Below the first code the map is linear, which keeps averages unbiased.
-PYFT_HOST_DEVICE int8_t encode_signed(float x, float inv_scale, uint32_t random) {
-  constexpr float kSlope = 1.0f / 127.0f / 6.19963394e-05f;  // the first code over its value
-  const float size = float_of(bits_of(x) & 0x7fffffffu) * inv_scale;
-  const float scaled = 127.0f * smaller(size * kSlope, compress<kSignedShift>(size)) + one_to_two(random);
-  const int32_t code = static_cast<int32_t>(smaller(scaled, 128.0f)) - 1;
+// Bits of the value of code 0: kPowers powers of two below the double of the scale, or 0.
+template <uint32_t kPowers>
+PYFT_HOST_DEVICE uint32_t lowest_bits(float scale) {
+  const uint32_t above = bits_of(scale) + 0x00800000u, range = kPowers << 23;
+  return above > range ? above - range : 0u;
+}
+PYFT_HOST_DEVICE uint32_t lowest_signed(float scale) { return lowest_bits<16>(scale); }
+PYFT_HOST_DEVICE uint32_t lowest_unsigned(float scale) { return lowest_bits<32>(scale); }
+
+// The size is kept as a sum with the lowest value: 0 is code 0, and what is small beside it is rounded linearly.
+PYFT_HOST_DEVICE int8_t encode_signed(float x, uint32_t lowest, uint32_t random) {
+  const float size = float_of(bits_of(x) & 0x7fffffffu) + float_of(lowest);
+  const int32_t code = static_cast<int32_t>((bits_of(size) - lowest + (random >> (32 - kCodeShift))) >> kCodeShift);
   const int32_t sign = static_cast<int32_t>(bits_of(x)) >> 31;
   return static_cast<int8_t>((code ^ sign) - sign);
 }
-PYFT_HOST_DEVICE float decode_signed(int8_t code, float scale) {
-  const uint32_t bits = bits_of(static_cast<float>(static_cast<int32_t>(code)) * (1.0f / 127.0f));
-  const uint32_t size = bits & 0x7fffffffu;
-  constexpr uint32_t kBias = kPowerBias<kSignedShift>;
-  const uint32_t root = (size > kBias ? size : kBias) - kBias;
-  return float_of((root << kSignedShift) | (bits & 0x80000000u)) * scale;
+PYFT_HOST_DEVICE float decode_signed(int8_t code, uint32_t lowest) {
+  const int32_t wide = code;
+  const uint32_t size = static_cast<uint32_t>(wide < 0 ? -wide : wide);
+  const float value = float_of((size << kCodeShift) + lowest) - float_of(lowest);
+  return float_of(bits_of(value) | (static_cast<uint32_t>(wide) & 0x80000000u));
 }
 
-// 255 codes for one that is never negative. The smallest stands for 2e-10 of the largest, zeros among them: what is not
-// 0 must not become 0, or it would divide by eps alone. A block of zeros has the scale 0, whatever its codes.
-PYFT_HOST_DEVICE uint8_t encode_unsigned(float x, float inv_scale, uint32_t random) {
-  const float scaled = 255.0f * compress<kUnsignedShift>(x * inv_scale) + one_to_two(random);
-  return static_cast<uint8_t>(static_cast<int32_t>(smaller(larger(scaled, 2.0f), 256.0f)) - 1);
+// What is less than the lowest value becomes that, zeros among them: what is not 0 must not become 0, or it would
+// divide by eps alone. The lowest value of a block of zeros is 0.
+PYFT_HOST_DEVICE uint8_t encode_unsigned(float x, uint32_t lowest, uint32_t random) {
+  const uint32_t bits = bits_of(x);
+  return static_cast<uint8_t>(((bits > lowest ? bits : lowest) - lowest + (random >> (32 - kCodeShift))) >> kCodeShift);
 }
-PYFT_HOST_DEVICE float decode_unsigned(uint8_t code, float scale) {
-  const float y = static_cast<float>(static_cast<int32_t>(code)) * (1.0f / 255.0f);
-  return float_of((bits_of(y) - kPowerBias<kUnsignedShift>) << kUnsignedShift) * scale;
+PYFT_HOST_DEVICE float decode_unsigned(uint8_t code, uint32_t lowest) {
+  return float_of((static_cast<uint32_t>(code) << kCodeShift) + lowest);
 }
 
 }  // namespace pyft

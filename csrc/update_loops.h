@@ -5,52 +5,65 @@
 namespace pyft::PYFT_LOOPS {
 
 // Rules. With kCoded the moments come from `coded`, codes of 8 bits of one block, else from the arrays that they are
-// written to. Decoding in the same loop hides behind the divisions.
+// written to. Decoding and the search for the largest hide behind the divisions in the same loop.
 template <bool kCoded, bool kCoupled, bool kAmsgrad>
-PYFT_LOOPS_TARGET void adam_loop(float* __restrict__ p, const float* __restrict__ g, const Coded& coded,
+PYFT_LOOPS_TARGET void adam_loop(float* __restrict__ p, const float* __restrict__ g, Coded& coded,
                                  float* __restrict__ m, float* __restrict__ v, float* __restrict__ max_v,
                                  int32_t length, float scale, const RuleStep& step) {
   const AdamStep h = step.adam;
   const Coded c = coded;
+  uint32_t largest[kMoments] = {};
   for (int32_t i = 0; i < length; ++i) {
-    float exp_avg = kCoded ? decode_signed(c.codes[0][i], c.scale[0]) : m[i];
+    float exp_avg = kCoded ? c.signed_at(0, i) : m[i];
     float exp_avg_sq = kCoded ? c.unsigned_at(1, i) : v[i];
-    float largest = !kAmsgrad ? 0.0f : kCoded ? c.unsigned_at(2, i) : max_v[i];
-    adam_element<kCoupled, kAmsgrad>(p[i], g[i] * scale, exp_avg, exp_avg_sq, largest, h);
+    float max_exp_avg_sq = !kAmsgrad ? 0.0f : kCoded ? c.unsigned_at(2, i) : max_v[i];
+    adam_element<kCoupled, kAmsgrad>(p[i], g[i] * scale, exp_avg, exp_avg_sq, max_exp_avg_sq, h);
     m[i] = exp_avg;
     v[i] = exp_avg_sq;
     if (kAmsgrad) {
-      max_v[i] = largest;
+      max_v[i] = max_exp_avg_sq;
+    }
+    if (kCoded) {
+      largest[0] = larger_size(largest[0], exp_avg);
+      largest[1] = larger_size(largest[1], exp_avg_sq);
+      largest[2] = larger_size(largest[2], max_exp_avg_sq);
     }
   }
+  std::copy(largest, largest + kMoments, coded.largest);
 }
 
 template <bool kCoded, SgdKind kKind>
-PYFT_LOOPS_TARGET void sgd_loop(float* __restrict__ p, const float* __restrict__ g, const Coded& coded,
+PYFT_LOOPS_TARGET void sgd_loop(float* __restrict__ p, const float* __restrict__ g, Coded& coded,
                                 float* __restrict__ buffer, float*, float*, int32_t length, float scale,
                                 const RuleStep& step) {
   const SgdStep h = step.sgd;
   const Coded c = coded;
   constexpr bool kBuffer = kKind != SgdKind::plain;
+  uint32_t largest = 0;
   for (int32_t i = 0; i < length; ++i) {
-    float velocity = !kBuffer ? 0.0f : kCoded ? decode_signed(c.codes[0][i], c.scale[0]) : buffer[i];
+    float velocity = !kBuffer ? 0.0f : kCoded ? c.signed_at(0, i) : buffer[i];
     sgd_element<kKind>(p[i], g[i] * scale, velocity, h);
     if (kBuffer) {
       buffer[i] = velocity;
     }
+    if (kCoded) {
+      largest = larger_size(largest, velocity);
+    }
   }
+  coded.largest[0] = largest;
 }
 
 template <bool kCoded, bool kCentered, bool kMomentum>
-PYFT_LOOPS_TARGET void rmsprop_loop(float* __restrict__ p, const float* __restrict__ g, const Coded& coded,
+PYFT_LOOPS_TARGET void rmsprop_loop(float* __restrict__ p, const float* __restrict__ g, Coded& coded,
                                     float* __restrict__ square_avg, float* __restrict__ buffer,
                                     float* __restrict__ grad_avg, int32_t length, float scale, const RuleStep& step) {
   const RmspropStep h = step.rmsprop;
   const Coded c = coded;
+  uint32_t largest[kMoments] = {};
   for (int32_t i = 0; i < length; ++i) {
     float v = kCoded ? c.unsigned_at(0, i) : square_avg[i];
-    float velocity = !kMomentum ? 0.0f : kCoded ? decode_signed(c.codes[1][i], c.scale[1]) : buffer[i];
-    float mean = !kCentered ? 0.0f : kCoded ? decode_signed(c.codes[2][i], c.scale[2]) : grad_avg[i];
+    float velocity = !kMomentum ? 0.0f : kCoded ? c.signed_at(1, i) : buffer[i];
+    float mean = !kCentered ? 0.0f : kCoded ? c.signed_at(2, i) : grad_avg[i];
     rmsprop_element<kCentered, kMomentum>(p[i], g[i] * scale, v, velocity, mean, h);
     square_avg[i] = v;
     if (kMomentum) {
@@ -59,33 +72,49 @@ PYFT_LOOPS_TARGET void rmsprop_loop(float* __restrict__ p, const float* __restri
     if (kCentered) {
       grad_avg[i] = mean;
     }
+    if (kCoded) {
+      largest[0] = larger_size(largest[0], v);
+      largest[1] = larger_size(largest[1], velocity);
+      largest[2] = larger_size(largest[2], mean);
+    }
   }
+  std::copy(largest, largest + kMoments, coded.largest);
 }
 
 template <bool kCoded>
-PYFT_LOOPS_TARGET void adagrad_loop(float* __restrict__ p, const float* __restrict__ g, const Coded& coded,
+PYFT_LOOPS_TARGET void adagrad_loop(float* __restrict__ p, const float* __restrict__ g, Coded& coded,
                                     float* __restrict__ sum, float*, float*, int32_t length, float scale,
                                     const RuleStep& step) {
   const AdagradStep h = step.adagrad;
   const Coded c = coded;
+  uint32_t largest = 0;
   for (int32_t i = 0; i < length; ++i) {
     float total = kCoded ? c.unsigned_at(0, i) : sum[i];
     adagrad_element(p[i], g[i] * scale, total, h);
     sum[i] = total;
+    if (kCoded) {
+      largest = larger_size(largest, total);
+    }
   }
+  coded.largest[0] = largest;
 }
 
 template <bool kCoded>
-PYFT_LOOPS_TARGET void lion_loop(float* __restrict__ p, const float* __restrict__ g, const Coded& coded,
+PYFT_LOOPS_TARGET void lion_loop(float* __restrict__ p, const float* __restrict__ g, Coded& coded,
                                  float* __restrict__ m, float*, float*, int32_t length, float scale,
                                  const RuleStep& step) {
   const LionStep h = step.lion;
   const Coded c = coded;
+  uint32_t largest = 0;
   for (int32_t i = 0; i < length; ++i) {
-    float exp_avg = kCoded ? decode_signed(c.codes[0][i], c.scale[0]) : m[i];
+    float exp_avg = kCoded ? c.signed_at(0, i) : m[i];
     lion_element(p[i], g[i] * scale, exp_avg, h);
     m[i] = exp_avg;
+    if (kCoded) {
+      largest = larger_size(largest, exp_avg);
+    }
   }
+  coded.largest[0] = largest;
 }
 
 // In the order of Rule.
@@ -228,32 +257,30 @@ PYFT_LOOPS_TARGET inline float* load_moment(const Moment& moment, int64_t begin,
 }
 
 template <bool kSigned>
-PYFT_LOOPS_TARGET void encode_block(int8_t* __restrict__ codes, const float* __restrict__ value, float inv_scale,
+PYFT_LOOPS_TARGET void encode_block(int8_t* __restrict__ codes, const float* __restrict__ value, uint32_t lowest,
                                     uint32_t random, int32_t length) {
   for (int32_t i = 0; i < length; ++i) {
-    codes[i] = kSigned ? encode_signed(value[i], inv_scale, random)
-                       : static_cast<int8_t>(encode_unsigned(value[i], inv_scale, random));
+    codes[i] = kSigned ? encode_signed(value[i], lowest, random)
+                       : static_cast<int8_t>(encode_unsigned(value[i], lowest, random));
     random += kGolden;
   }
 }
 
-PYFT_LOOPS_TARGET inline void store_int8(const Moment& moment, int64_t begin, const float* __restrict__ value,
+PYFT_LOOPS_TARGET inline void store_int8(const Moment& moment, int64_t begin, float* value, uint32_t largest,
                                          uint32_t random, int32_t length) {
-  // Bits of floats without their sign are in the order of their sizes, and an integer maximum keeps NaN.
-  uint32_t largest = 0;
-  for (int32_t i = 0; i < length; ++i) {
-    const uint32_t size = bits_of(value[i]) & 0x7fffffffu;
-    largest = size > largest ? size : largest;
+  if (largest > kInfinityBits) {
+    // Only this NaN has a code.
+    for (int32_t i = 0; i < length; ++i) {
+      value[i] = is_nan_bits(bits_of(value[i])) ? float_of(0x7fc00000u) : value[i];
+    }
   }
-  largest = largest < kSmallestScaleBits ? 0u : largest;
-  const float scale = float_of(largest);
-  const float inv_scale = largest == 0 ? 0.0f : 1.0f / scale;
+  const float scale = block_scale(largest);
   moment.scale[begin / kBlock] = scale;
   int8_t* codes = static_cast<int8_t*>(moment.data) + begin;
   if (moment.is_signed) {
-    encode_block<true>(codes, value, inv_scale, random, length);
+    encode_block<true>(codes, value, lowest_signed(scale), random, length);
   } else {
-    encode_block<false>(codes, value, inv_scale, random, length);
+    encode_block<false>(codes, value, lowest_unsigned(scale), random, length);
   }
 }
 
@@ -266,12 +293,12 @@ PYFT_LOOPS_TARGET inline void store_bf16(Bf16* __restrict__ to, const float* __r
 }
 
 // Rounded with random bits of the tensor, the step, the moment and the block.
-PYFT_LOOPS_TARGET inline void store_moment(const TensorUpdate& t, int moment, int64_t begin, const float* value,
-                                           int32_t length) {
+PYFT_LOOPS_TARGET inline void store_moment(const TensorUpdate& t, int moment, int64_t begin, float* value,
+                                           uint32_t largest, int32_t length) {
   const Moment& to = t.moments[moment];
   const uint32_t random = random_bits(t.key + static_cast<uint32_t>(moment), static_cast<uint32_t>(begin / kBlock));
   if (to.format == MomentFormat::int8) {
-    store_int8(to, begin, value, random, length);
+    store_int8(to, begin, value, largest, random, length);
   } else if (to.format == MomentFormat::bf16) {
     store_bf16(static_cast<Bf16*>(to.data) + begin, value, random, length);
   }
@@ -335,7 +362,8 @@ PYFT_LOOPS_TARGET inline void update_block(const TensorUpdate& t, int64_t begin,
     if (moment.format == MomentFormat::int8) {
       is_coded = true;
       coded.codes[k] = static_cast<const int8_t*>(moment.data) + begin;
-      coded.scale[k] = moment.scale[begin / kBlock];
+      const float scale = moment.scale[begin / kBlock];
+      coded.lowest[k] = moment.is_signed ? lowest_signed(scale) : lowest_unsigned(scale);
     }
   }
   const bool decoupled = kRuleInfo[static_cast<int>(t.rule)].decoupled_decay;
@@ -361,7 +389,7 @@ PYFT_LOOPS_TARGET inline void update_block(const TensorUpdate& t, int64_t begin,
   store_param(t, begin, p, length);
   for (int k = 0; k < kMoments; ++k) {
     if (moments[k] == moment_buffer[k]) {
-      store_moment(t, k, begin, moments[k], length);
+      store_moment(t, k, begin, moments[k], coded.largest[k], static_cast<int32_t>(length));
     }
   }
 }
@@ -369,7 +397,8 @@ PYFT_LOOPS_TARGET inline void update_block(const TensorUpdate& t, int64_t begin,
 // Any number of elements, all in fp32, with nothing to be done to the gradient but to scale it.
 PYFT_LOOPS_TARGET inline void update_plain(const TensorUpdate& t, int64_t begin, int64_t length) {
   const auto at = [begin](void* data) { return data == nullptr ? nullptr : static_cast<float*>(data) + begin; };
-  kRuleLoops<false>[static_cast<int>(t.rule)](at(t.param), static_cast<const float*>(t.grad.data) + begin, Coded{},
+  Coded none;
+  kRuleLoops<false>[static_cast<int>(t.rule)](at(t.param), static_cast<const float*>(t.grad.data) + begin, none,
                                               at(t.moments[0].data), at(t.moments[1].data), at(t.moments[2].data),
                                               static_cast<int32_t>(length), t.grad_scale, t.step);
 }

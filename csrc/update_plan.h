@@ -64,7 +64,7 @@ class UpdatePlan {
   bool has_rows() const;
 
   // Sum of what sums_of_squares or clip_rows gave: the same bits for any order of parameters.
-  double total() const { return add_sorted(sums_); }
+  double total() const { return add_exactly(sums_); }
 
   // Number of the first gradient whose sum is not finite, or -1.
   int64_t first_nonfinite() const;

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 # Elements that share one scale of 8-bit state.
 BLOCK = 256
 _MASK = 0xFFFFFFFF
-_SMALLEST_SCALE = 2.0**-126
-# The value of the first code of a signed moment; below it the map is linear.
-_FIRST, _FIRST_VALUE = 1.0 / 127.0, 6.19963394e-05
+_INFINITY = 0x7F800000
+# Bits of an fp32 number between two 8-bit codes.
+_CODE_SHIFT = 20
 
 
 def memory_order(tensor: Tensor) -> list[int]:
@@ -83,16 +85,13 @@ def join(high: Tensor, low: Tensor) -> Tensor:
     return _floats((((high.view(torch.int16).to(torch.int64) & 0xFFFF) << 16) + low.to(torch.int64)) & _MASK)
 
 
-def _compress(x: Tensor, shift: int) -> Tensor:
-    return _floats((_bits(x) >> shift) + (0x3F800000 - (0x3F800000 >> shift)))
+def _per_element(of_blocks: Tensor, count: int) -> Tensor:
+    return of_blocks.repeat_interleave(BLOCK)[:count]
 
 
-def _expand(y: Tensor, shift: int) -> Tensor:
-    return _floats(((_bits(y) - (0x3F800000 - (0x3F800000 >> shift))) << shift) & _MASK)
-
-
-def _per_element(scale: Tensor, count: int) -> Tensor:
-    return scale.repeat_interleave(BLOCK)[:count]
+def _lowest_bits(scale: Tensor, signed: bool) -> Tensor:
+    """Bits of the value of code 0: 16 powers of two below twice the scale, 32 for what is not negative; or 0."""
+    return ((_bits(scale) + (1 << 23)) - ((16 if signed else 32) << 23)).clamp(min=0)
 
 
 def decode_int8(codes: Tensor, scale: Tensor) -> Tensor:
@@ -100,22 +99,21 @@ def decode_int8(codes: Tensor, scale: Tensor) -> Tensor:
 
     Args:
         codes: (n,) int8 for a moment of either sign, uint8 for one that is never negative.
-        scale: (ceil(n / 256),) fp32, the largest size in each block.
+        scale: (ceil(n / 256),) fp32, a power of two above the largest size in each block or just below it, or 0.
     """
-    wide, scales = codes.to(torch.int32), _per_element(scale, codes.numel())
-    if codes.dtype == torch.int8:
-        y = wide.abs().to(torch.float32) * torch.tensor(1 / 127, dtype=torch.float32)
-        size = torch.where(wide == 0, 0.0, _expand(y, 1)) * scales
-        return torch.where(wide < 0, -size, size)
-    return _expand(wide.to(torch.float32) * torch.tensor(1 / 255, dtype=torch.float32), 2) * scales
-
-
-def _one_to_two(random: Tensor) -> Tensor:
-    return _floats((random >> 9) | 0x3F800000)
+    signed = codes.dtype == torch.int8
+    wide, lowest = codes.to(torch.int64), _per_element(_lowest_bits(scale, signed), codes.numel())
+    value = _floats((wide.abs() << _CODE_SHIFT) + lowest)
+    if not signed:
+        return value
+    return torch.where(wide < 0, -(value - _floats(lowest)), value - _floats(lowest))
 
 
 def encode_int8(x: Tensor, random: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """fp32 (n,) to codes (n,) and scales (ceil(n / 256),), rounded up with the probability of what is cut off.
+
+    A code is a float of 3 bits after the point and 16 (for moments of either sign) or 32 powers of two, relative to the
+    largest size of its block; those of either sign go on linearly below.
 
     Args:
         x: (n,) fp32; not negative unless `signed`.
@@ -124,24 +122,16 @@ def encode_int8(x: Tensor, random: Tensor, signed: bool) -> tuple[Tensor, Tensor
     """
     count = x.numel()
     blocks = -(-count // BLOCK)
+    x = torch.where(x.isnan(), math.nan, x)
     sizes = torch.nn.functional.pad(x.abs(), (0, blocks * BLOCK - count)).view(blocks, BLOCK)
-    scale = sizes.amax(1) if blocks else sizes.new_zeros(0)
-    scale = torch.where(scale < _SMALLEST_SCALE, 0.0, scale)
-    inverse = _per_element(torch.where(scale == 0, 0.0, 1.0 / scale), count)
-    fraction = _one_to_two(random)
-    if signed:
-        size = x.abs() * inverse
-        slope = torch.tensor(_FIRST, dtype=torch.float32) / torch.tensor(_FIRST_VALUE, dtype=torch.float32)
-        scaled = 127.0 * torch.minimum(size * slope, _compress(size, 1)) + fraction
-        code = _cut(scaled, 128) - 1
-        return torch.where(x.view(torch.int32) < 0, -code, code).to(torch.int8), scale
-    scaled = 255.0 * _compress(x * inverse, 2) + fraction
-    return (_cut(torch.where(scaled > 2.0, scaled, 2.0), 256) - 1).to(torch.uint8), scale
-
-
-def _cut(scaled: Tensor, largest: int) -> Tensor:
-    # NaN, too, becomes the largest code.
-    return torch.where(scaled < largest, scaled, float(largest)).to(torch.int32)
+    largest = _bits(sizes).amax(1) if blocks else torch.zeros(0, dtype=torch.int64, device=x.device)
+    scale = _floats((largest.clamp(max=_INFINITY) + (2 << _CODE_SHIFT)) & _INFINITY)
+    lowest = _per_element(_lowest_bits(scale, signed), count)
+    bits = _bits(x.abs() + _floats(lowest)) if signed else torch.maximum(_bits(x.abs()), lowest)
+    code = (bits - lowest + (random >> (32 - _CODE_SHIFT))) >> _CODE_SHIFT
+    if not signed:
+        return code.to(torch.uint8), scale
+    return torch.where(x.view(torch.int32) < 0, -code, code).to(torch.int8), scale
 
 
 def block_random_bits(key: int, moment: int, count: int, device: torch.device) -> Tensor:

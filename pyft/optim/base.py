@@ -19,7 +19,7 @@ from pyft.optim import state as state_of
 from pyft.optim.backward import BackwardNorms, UpdateHooks
 from pyft.optim.decide import Decision, decide
 from pyft.optim.options import Settings, StepOptions, checked
-from pyft.optim.step_plan import GroupStep, Member, StepPlan
+from pyft.optim.step_plan import GroupStep, Member, StepPlan, add_exactly
 
 
 @dataclass(frozen=True)
@@ -443,7 +443,7 @@ class CoreOptimizer(torch.optim.Optimizer):
         done, self._backward = self._backward, _InBackward([])
         skipped = done.bad is not None and self.settings.policy == "skip"
         self.skipped_steps += skipped
-        total = math.sqrt(sum(sorted(done.sums))) if done.sums else None
+        total = math.sqrt(add_exactly(done.sums)) if done.sums else None
         self.last_step = LastStep(total, done.smallest, skipped, done.bad, self.skipped_steps)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pyft.optim.clip import clip_coefficient
 from pyft.optim.options import Settings
-from pyft.optim.step_plan import StepPlan, add_sorted
+from pyft.optim.step_plan import StepPlan, add_exactly
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def decide(plan: StepPlan, settings: Settings, known_sums: Callable[[StepPlan], 
         sums = plan.sums_of_squares(value, known)
         scales = smallest = [1.0 if limits.tensor is None else _factor(one, limits.tensor) for one in sums]
         clipped = [one * factor * factor for one, factor in zip(sums, scales, strict=True)]
-    total_norm = math.sqrt(add_sorted(sums))
+    total_norm = math.sqrt(add_exactly(sums))
     bad = _first_bad(sums)
     if limits.only_global and bad is None:
         return _by_one_factor(total_norm, limits.global_)
@@ -83,10 +83,10 @@ def _last_stage(plan: StepPlan, settings: Settings, sums: list[float]) -> list[f
         numbers = [member.group for member in plan.members]
         of_group = {
             number: _factor(
-                add_sorted([one for one, n in zip(sums, numbers, strict=True) if n == number]), limits.group
+                add_exactly([one for one, n in zip(sums, numbers, strict=True) if n == number]), limits.group
             )
             for number in set(numbers)
         }
         return [of_group[number] for number in numbers]
-    factor = 1.0 if limits.global_ is None else _factor(add_sorted(sums), limits.global_)
+    factor = 1.0 if limits.global_ is None else _factor(add_exactly(sums), limits.global_)
     return [factor] * len(sums)

@@ -153,7 +153,7 @@ class StepPlan:
         """Sum of squares over all gradients; the same bits for any order of parameters and number of threads."""
         if self.core_plan is not None and not self.slow:
             return self.core_plan.total_of_squares(clip_value)
-        return add_sorted(self.sums_of_squares(clip_value, []))
+        return add_exactly(self.sums_of_squares(clip_value, []))
 
     def sums_of_squares(self, clip_value: float | None, known: list[float]) -> list[float]:
         """Sum of squares of each gradient, after the clamp. `known` holds sums that need not be taken, NaN for others;
@@ -242,9 +242,12 @@ class StepPlan:
         self.core_plan.step([group.for_core for group in groups], of_fast, clip_value, handles)
 
 
-def add_sorted(sums: Sequence[float]) -> float:
-    """Their sum, the same for any order. NaN if one is NaN."""
-    return sum(sorted(sums), 0.0)
+def add_exactly(sums: Sequence[float]) -> float:
+    """Their sum, rounded once, hence the same for any order. Not finite if a term is not."""
+    try:
+        return math.fsum(sums)
+    except OverflowError:
+        return math.inf
 
 
 def _rows_are_runs(param: Tensor) -> bool:

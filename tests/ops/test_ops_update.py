@@ -208,15 +208,28 @@ def test_stochastic_rounding_is_unbiased(backend: str) -> None:
     assert float((p > 1.0).double().mean()) == pytest.approx(2.0**-10 / 2.0**-7, abs=5 * math.sqrt(0.125 / 200_000))
 
 
-@pytest.mark.parametrize(("dtype", "signed"), [(torch.int8, True), (torch.uint8, False)])
-def test_codes_survive_a_round_trip(dtype: torch.dtype, signed: bool) -> None:
-    codes = torch.arange(-127 if signed else 1, 128 if signed else 256).to(dtype)
-    x = rounding.decode_int8(codes, torch.tensor([3.0]))
-    assert float(x.abs().max()) == 3.0
+# The two largest codes are for what is rounded up.
+@pytest.mark.parametrize(("dtype", "codes"), [(torch.int8, range(-125, 126)), (torch.uint8, range(254))])
+def test_codes_survive_a_round_trip(dtype: torch.dtype, codes: range) -> None:
+    given = torch.tensor(codes, dtype=dtype)
+    x = rounding.decode_int8(given, torch.tensor([4.0]))
+    assert float(x.abs().max()) == pytest.approx(6.5, rel=1e-4)
     assert bool((x.diff() > 0).all())
-    again, scale = rounding.encode_int8(x, torch.full((x.numel(),), 1 << 31), signed)
-    assert torch.equal(again, codes)
-    assert float(scale) == 3.0
+    again, scale = rounding.encode_int8(x, torch.full((x.numel(),), 1 << 31), dtype == torch.int8)
+    assert torch.equal(again, given)
+    assert float(scale) == 4.0
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("largest", [0.0, 1e-45, 2e-38, 1e-30, 1.0, 1.74, 1.76, 1.99, 3e38])
+def test_codes_of_the_largest_never_wrap(largest: float, signed: bool) -> None:
+    x = torch.tensor([largest, largest * 0.99, largest * 1e-3, 0.0])
+    for random in (0, 1 << 31, (1 << 32) - 1):
+        codes, scale = rounding.encode_int8(x, torch.full((4,), random), signed)
+        kept = rounding.decode_int8(codes, scale)
+        assert bool(kept.isfinite().all()) or largest > 2.9e38
+        assert bool(((kept - x).abs() <= x / 8 + largest * 1e-5 + 1e-38).all()) or largest > 2.9e38
+        assert not signed or float(kept[3]) == 0.0
 
 
 def test_codes_keep_the_mean() -> None:

@@ -56,7 +56,7 @@ GRADIENTS = {
 @pytest.mark.parametrize("kind", GRADIENTS)
 @pytest.mark.parametrize("name", ELEMENTWISE)
 def test_error_of_a_step(backend: str, name: str, kind: str, size: int, array: Any) -> None:
-    """Every moment within one code, at most 1.6 % of the largest of its block; the first weights are exact."""
+    """Every moment within one code, an eighth of it or 1e-5 of the largest of its block; first weights are exact."""
     grad = GRADIENTS[kind](size, torch.Generator().manual_seed(size))
     full = FULL.get(name, {})
     narrow, wide = (torch.nn.Parameter(torch.ones(size)) for _ in range(2))
@@ -74,10 +74,8 @@ def test_error_of_a_step(backend: str, name: str, kind: str, size: int, array: A
         largest = of_blocks(want)
         assert np.all(np.isfinite(got)), key
         # Below the smallest normal number a scale has few bits itself.
-        assert np.all(np.abs(got - want) <= 0.016 * largest + 1.2e-38), (
-            key,
-            (np.abs(got - want) / (largest + 1e-45)).max(),
-        )
+        error = np.abs(got - want)
+        assert np.all(error <= np.abs(want) / 8 + 1e-5 * largest + 1.2e-38), (key, (error / (largest + 1e-45)).max())
         if key in ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"):
             # Never 0 beside what is not 0: a weight would be divided by eps alone.
             assert np.all(got >= 0.0), key
@@ -137,7 +135,7 @@ def test_blocks_follow_memory(backend: str, layout: str, array: Any) -> None:
         optimizer.step()
     theta, state = follow("AdamW", start, history, weight_decay=0.0)
     moment = array(wide_state(optimizer)["exp_avg"])
-    assert np.abs(moment - state["exp_avg"]).max() <= 0.03 * np.abs(state["exp_avg"]).max()
+    assert np.abs(moment - state["exp_avg"]).max() <= 0.12 * np.abs(state["exp_avg"]).max()
     # A constant direction: every weight has moved lr a step, but for what the moments of small gradients lost.
     assert np.abs(np.median(np.abs(array(param))) - np.median(np.abs(theta))) < 0.05 * np.median(np.abs(theta))
 

@@ -214,7 +214,9 @@ def test_fp32_state_loads_into_int8_and_back(
                 converted += 1
                 assert key not in narrow.state[param]
                 largest = np.abs(array(value)).max(initial=0.0)
-                assert np.all(np.abs(array(back) - array(value)) <= 0.02 * largest)
+                # Half a code.
+                error = np.abs(array(back) - array(value))
+                assert np.all(error <= np.abs(array(value)) / 16 + 1e-5 * largest)
             else:
                 assert torch.equal(back, value)
     assert converted >= len(params)
@@ -263,10 +265,11 @@ def test_state_saved_in_another_memory_layout(
     read = optim.AdamW([torch.nn.Parameter(layouts["first"](value))])
     read.load_state_dict(through_file(b.state_dict()))
     moment = next(iter(read.state.values()))["exp_avg"]
+    exact = 0.1 * np.abs(array(grad))
     error = np.abs(array(moment) - 0.1 * array(grad))
-    # Two roundings, the second to the nearest: a code and a half, of 1.6 % of the largest of its block.
-    relative = {"float32": 1e-6, "bfloat16": 0.008, "int8": 0.024}[state_dtype]
-    assert np.all(error <= relative * 0.1 * np.abs(array(grad)).max())
+    # Two roundings, the second to the nearest: a code and a half.
+    relative = {"float32": 1e-6, "bfloat16": 0.008, "int8": 0.19}[state_dtype]
+    assert np.all(error <= relative * exact + (1e-5 * exact.max() if state_dtype == "int8" else 1e-9))
     target.grad = layouts["first"](grad)
     b.step()
     assert bool(torch.isfinite(target).all())
