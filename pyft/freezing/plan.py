@@ -12,13 +12,15 @@ from torch import nn
 from pyft.errors import ConfigError, FrozenError
 from pyft.freezing.eval_mode import keep_in_eval, let_train
 from pyft.freezing.fingerprint import Fingerprint, difference, fingerprints
+from pyft.freezing.lean.swap import lean as make_lean
+from pyft.freezing.lean.swap import release as release_lean
 from pyft.freezing.selection import Selection, What, check_shared, is_only_buffers, require_values, select
 from pyft.freezing.table import Row, format_table, make_rows
 
 RECORD = "_pyft_frozen"
 
 
-def freeze(model: nn.Module, what: What | FreezePlan, *, only: bool = False) -> FreezePlan:
+def freeze(model: nn.Module, what: What | FreezePlan, *, only: bool = False, lean: bool = True) -> FreezePlan:
     """Freeze a part of `model`, in place, and give the plan of what trains. Make the optimizer afterwards.
 
     Frozen parameters get no gradient. A module whose parameters are all frozen stays in eval mode whatever
@@ -31,6 +33,8 @@ def freeze(model: nn.Module, what: What | FreezePlan, *, only: bool = False) -> 
             `pyft.freezing.selection.blocks_of`); a function (name, parameter) -> True to freeze, also asked for
             the buffers of modules without parameters; a FreezePlan; None for nothing.
         only: `what` names what trains instead, and everything else is frozen.
+        lean: frozen modules keep only what the gradient of their input needs (`pyft.lean`). False leaves them as they
+            are, as does a FreezePlan whose `lean` is False.
 
     Raises:
         ConfigError: a name or glob without a match; a depth that the model does not have; one tensor that is to be
@@ -43,7 +47,9 @@ def freeze(model: nn.Module, what: What | FreezePlan, *, only: bool = False) -> 
     >>> model.train()[1].training
     False
     """
-    return make_plan(model, what, only=only).apply(model)
+    plan = make_plan(model, what, only=only)
+    plan.lean = plan.lean and lean
+    return plan.apply(model)
 
 
 def make_plan(model: nn.Module, what: What | FreezePlan, *, only: bool = False) -> FreezePlan:
@@ -54,7 +60,9 @@ def make_plan(model: nn.Module, what: What | FreezePlan, *, only: bool = False) 
         if only:
             raise ConfigError("only=True: a FreezePlan says already what is frozen")
         what.check_names(model)
-        return _plan(model, Selection(what.names, frozenset(what.named_modules)))
+        plan = _plan(model, Selection(what.names, frozenset(what.named_modules)))
+        plan.lean = what.lean
+        return plan
     chosen = select(model, what)
     named = dict(model.named_parameters(remove_duplicate=False))
     if only:
@@ -76,6 +84,7 @@ class FreezePlan:
         num_total: elements of all parameters.
         eval_modules: names of the modules that stay in eval mode.
         notes: lines worth telling the user.
+        lean: whether `apply` swaps frozen modules to forms that keep little for backward (`pyft.lean`).
     """
 
     trainable: list[str]
@@ -88,6 +97,7 @@ class FreezePlan:
     named_modules: list[str]
     rows: list[Row]
     fingerprints: dict[str, Fingerprint] | None = None
+    lean: bool = True
 
     @property
     def share(self) -> float:
@@ -126,6 +136,9 @@ class FreezePlan:
         kept_ids = {id(module) for module in keep}
         let_train(module for module in modules.values() if id(module) not in kept_ids)
         keep_in_eval(keep)
+        release_lean(model)
+        if self.lean:
+            make_lean(model)
         model.__dict__[RECORD] = record
         self.fingerprints = fingerprints(dict(self._frozen_tensors(model)))
         return self
@@ -150,6 +163,7 @@ class FreezePlan:
         for name, parameter in model.named_parameters(remove_duplicate=False):
             parameter.requires_grad_(record.get(name, parameter.requires_grad))
         let_train(model.modules())
+        release_lean(model)
         model.__dict__.pop(RECORD, None)
 
     def extend(self, model: nn.Module, what: What) -> FreezePlan:
