@@ -54,10 +54,11 @@ PoolShape shape_of(int64_t in_height, int64_t in_width, int64_t out_height, int6
                         {in_width, out_width, window[1], window[3], window[5], window[7]}};
   for (const PoolAxis& axis : {shape.height, shape.width}) {
     STD_TORCH_CHECK(axis.in > 0 && axis.out > 0, "the input and the output must not be empty");
-    // Each window must meet the input, or there is nothing for its output to be.
-    STD_TORCH_CHECK(axis.padding < axis.kernel && axis.start(axis.out - 1) < axis.in &&
-                        axis.inside(axis.out - 1, axis.first(axis.out - 1)) && axis.inside(0, axis.first(0)),
-                    "the windows do not fit the input");
+    // Each window must meet the input, or there is nothing for its output to be; torch then writes out of bounds.
+    for (int64_t o = 0; o < axis.out; ++o) {
+      STD_TORCH_CHECK(axis.first(o) < axis.kernel && axis.inside(o, axis.first(o)), "window ", o,
+                      " has no place inside the input of size ", axis.in);
+    }
   }
   return shape;
 }
