@@ -14,6 +14,7 @@ from pyft.freezing.eval_mode import keep_in_eval, let_train
 from pyft.freezing.fingerprint import Fingerprint, difference, fingerprints
 from pyft.freezing.lean.swap import lean as make_lean
 from pyft.freezing.lean.swap import release as release_lean
+from pyft.freezing.regroup import Group, check_optimizer, follow
 from pyft.freezing.selection import Selection, What, check_shared, is_only_buffers, require_values, select
 from pyft.freezing.table import Row, format_table, make_rows
 
@@ -149,8 +150,16 @@ class FreezePlan:
         Raises:
             ConfigError: with the first name.
         """
-        names = {name for name, _ in unwrap(model).named_parameters(remove_duplicate=False)}
-        planned = self.names | set(self.trainable)
+        model = unwrap(model)
+        first = {id(parameter): name for name, parameter in model.named_parameters()}
+        trains = set(self.trainable)
+        planned = set(self.names | trains)
+        names = set()
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.add(name)
+            # A shared tensor that trains stands in the plan under its first name.
+            if first[id(parameter)] in trains:
+                planned.add(name)
         for name in [*self.frozen, *self.trainable, *sorted(names)]:
             if name not in names or name not in planned:
                 where = "the model" if name not in names else "the plan"
@@ -166,20 +175,58 @@ class FreezePlan:
         release_lean(model)
         model.__dict__.pop(RECORD, None)
 
-    def extend(self, model: nn.Module, what: What) -> FreezePlan:
-        """Freeze more: a new plan with `what` frozen too, applied to `model`."""
+    def extend(self, model: nn.Module, what: What, *, optimizer: torch.optim.Optimizer | None = None) -> FreezePlan:
+        """Freeze more: a new plan with `what` frozen too, applied to `model`.
+
+        Args:
+            optimizer: drops the parameters that froze, and their state.
+        """
         more = select(unwrap(model), what)
         modules = frozenset(self.named_modules) | more.modules
-        return _plan(unwrap(model), Selection(self.names | more.parameters, modules)).apply(model)
+        return self._change(unwrap(model), Selection(self.names | more.parameters, modules), optimizer, None)
 
-    def thaw(self, model: nn.Module, what: What) -> FreezePlan:
+    def thaw(
+        self,
+        model: nn.Module,
+        what: What,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        group: Group = None,
+    ) -> FreezePlan:
         """Freeze less: a new plan with `what` trained, applied to `model`.
 
-        Tell the optimizer: `optimizer.add_param_group` with the parameters that are new, or make another one.
+        Args:
+            optimizer: of pyft or torch: the new parameters join it with a step count of 0, the state of the others
+                stays. Without it, tell the optimizer yourself, or make another one.
+            group: number of the group that they join, or a dict of hyperparameters for a new group, which a scheduler
+                that exists does not know. None: the group that holds the most parameters of their kind, matrices, or
+                biases and norms.
+
+        Raises:
+            ConfigError: as `freeze`, and an optimizer or a group that cannot be used. Nothing is changed then.
+
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> plan = freeze(model, "0")
+        >>> optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+        >>> plan = plan.thaw(model, "0", optimizer=optimizer)
+        >>> len(optimizer.param_groups[0]["params"])
+        4
         """
         less = select(unwrap(model), what)
         modules = frozenset(self.named_modules) - less.modules
-        return _plan(unwrap(model), Selection(self.names - less.parameters, modules)).apply(model)
+        return self._change(unwrap(model), Selection(self.names - less.parameters, modules), optimizer, group)
+
+    def _change(
+        self, model: nn.Module, frozen: Selection, optimizer: torch.optim.Optimizer | None, group: Group
+    ) -> FreezePlan:
+        if optimizer is not None:
+            check_optimizer(optimizer, group)
+        plan = _plan(model, frozen)
+        plan.lean = self.lean
+        plan.apply(model)
+        if optimizer is not None:
+            follow(optimizer, model, group)
+        return plan
 
     def verify(self, model: nn.Module) -> None:
         """Compare every frozen parameter, and the buffers of modules kept in eval mode, bit for bit with the start.

@@ -83,8 +83,8 @@ def test_bad_calls_are_refused_and_foreign_offsets_write_nowhere_else(core) -> N
         torch.ops.pyft.max_pool_offsets(x, torch.empty(1, 1, 9, 9), [2, 2, 2, 2, 0, 0, 1, 1])
     with pytest.raises(RuntimeError, match="at most 256"):
         torch.ops.pyft.max_pool_offsets(x, torch.empty(1, 1, 1, 1), [20, 20, 2, 2, 0, 0, 1, 1])
-    with pytest.raises(RuntimeError, match="window 0 has no place inside the input of size 1"):
-        max_pool_offsets(torch.randn(1, 1, 1, 3), (2, 2, 1, 1, 1, 1, 3, 1))
+    with pytest.raises(RuntimeError, match="window 0 has no place inside the input of size 2"):
+        max_pool_offsets(torch.randn(1, 1, 2, 3), (2, 2, 1, 1, 1, 1, 3, 1))
     at = torch.full((4,), 255, dtype=torch.uint8)
     whole = torch.full((36,), 77.0)
     torch.ops.pyft.max_pool_backward_(
