@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pyft.export.onnx import export_onnx as export_onnx
     from pyft.finetune import finetune as finetune
     from pyft.finetune import resume as resume
+    from pyft.freezing.lean.calls import lean_calls as lean_calls
     from pyft.freezing.lean.swap import LeanForms as LeanForms
     from pyft.freezing.lean.swap import lean as lean
     from pyft.freezing.plan import FreezePlan as FreezePlan
@@ -47,6 +48,7 @@ _HOMES = {
     "finetune": "pyft.finetune",
     "freeze": "pyft.freezing.plan",
     "lean": "pyft.freezing.lean.swap",
+    "lean_calls": "pyft.freezing.lean.calls",
     "ops": "pyft.ops",
     "optim": "pyft.optim",
     "predict": "pyft.evaluate",
@@ -68,6 +70,7 @@ __all__ = [
     "finetune",
     "freeze",
     "lean",
+    "lean_calls",
     "ops",
     "optim",
     "predict",

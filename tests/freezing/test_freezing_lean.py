@@ -7,6 +7,7 @@ import gc
 import io
 import pickle
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -38,6 +39,10 @@ class Block(nn.Module):
         return self.relu(out)
 
 
+def checkpointing(block: nn.Module, reentrant: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: checkpoint(block, x, use_reentrant=reentrant)
+
+
 class Net(nn.Module):
     """A stem, three blocks and a head."""
 
@@ -52,10 +57,8 @@ class Net(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.stem(x)
         for block in self.blocks:
-            if self.checkpointed is None:
-                x = block(x)
-            else:
-                x = checkpoint(block, x, use_reentrant=self.checkpointed)
+            run = block if self.checkpointed is None else checkpointing(block, self.checkpointed)
+            x = run(x)
         return self.fc(self.drop(x.mean((2, 3))))
 
 
@@ -105,7 +108,8 @@ def test_freeze_swaps_and_release_gives_the_classes_back() -> None:
     assert not pyft.freeze(model, BUT_FIRST_BLOCK, lean=False).release(model)
     plan = pyft.freeze(model, BUT_FIRST_BLOCK, lean=False)
     assert not lean_names(model)
-    assert not lean_names(model if plan.thaw(model, "fc") else model)
+    plan = plan.thaw(model, "fc")
+    assert not lean_names(model)
     again = pyft.freeze(copy.deepcopy(model), plan)
     assert again.lean is False
 
@@ -374,8 +378,9 @@ def test_transformers_activations() -> None:
         assert kept(keep, x, keep) <= most + (0 if is_lean(keep[1]) else most * 3), name
         assert kept(again, x, again) <= 5 * 64 * 4
     composed = frozen(nn.Sequential(nn.Linear(16, 64), activations.NewGELUActivation()))
-    assert kept(composed, x, composed) > 2 * kept(with_lean(composed), x, composed)
-    assert kept(with_lean(composed, activations="recompute"), x, composed) == x.nbytes
+    keep, again = with_lean(composed), with_lean(composed, activations="recompute")
+    assert kept(composed, x, composed) > 2 * kept(keep, x, keep)
+    assert kept(again, x, again) == x.nbytes
 
 
 def test_attention_with_frozen_projections_keeps_what_its_gradient_needs() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from pyft.freezing.lean.conditions import laid_out_as
-from pyft.ops.bit_masks import gap_free
+from pyft.ops.bit_masks import POSITIVE, gap_free, pack_bits, scale_by_bits
 
 # (grad, bits, *numbers or per-channel values) -> gradient, linear in grad and its own adjoint.
 ByBits = Callable[..., Tensor]
@@ -42,3 +42,19 @@ def gradient_by_bits(ctx: Any, grad: Tensor, apply: ByBits, *rest: Any) -> Tenso
     if torch.is_grad_enabled() and grad.requires_grad:
         return _ByBits.apply(grad, apply, bits, *rest)
     return apply(grad, bits, *rest)
+
+
+def keep_draws(x: Tensor, p: float) -> tuple[Tensor, float]:
+    """Dropout's draws for `x`, as bits in the order of `empty_like(x)`, and what is kept is multiplied by.
+
+    The same draws from the same generator as in torch, which draws as many numbers of the dtype of `x`.
+    """
+    bits = pack_bits(torch.empty_like(x).bernoulli_(1 - p), POSITIVE)
+    # torch divides its mask by this, and rounds.
+    return bits, torch.ones((), dtype=x.dtype).div_(1 - p).item()
+
+
+def dropped(x: Tensor, bits: Tensor, on: float) -> Tensor:
+    """`x` with dropout by these bits. Also the gradient, which needs the strides that `x` had."""
+    strides = torch.empty_like(x, device="meta").stride()
+    return scale_by_bits(laid_out_as(x, strides), bits, on)
