@@ -21,7 +21,7 @@ from torch import nn
 
 import pyft
 
-ROUNDS = 7
+ROUNDS = 13
 
 
 class Block(nn.Module):
