@@ -7,7 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-from pyft.ops.grad_norm import core_takes
 from pyft.ops.library import LIBRARY, define
 
 define("relu_bits(Tensor x) -> (Tensor, Tensor)")
@@ -20,13 +19,15 @@ define("mask_channels(Tensor x, Tensor bits, Tensor scale) -> Tensor")
 
 # Tests of `pack_bits`, as in csrc/bit_masks_cpu.h.
 RELU, POSITIVE, INSIDE = 0, 1, 2
+_FP32_ONLY = (torch.float32,)
+_CORE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def gap_free(x: Tensor) -> Tensor:
     """`x`, or a copy of it whose elements fill their memory without gaps, so that memory order means something."""
-    if x.is_contiguous() or torch.empty_like(x, device="meta").stride() == x.stride():
+    if x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
         return x
-    return x.contiguous()
+    return x if torch.empty_like(x, device="meta").stride() == x.stride() else x.contiguous()
 
 
 def _in_memory_order(x: Tensor) -> Tensor:
@@ -126,10 +127,10 @@ for _name, _reference, _fake in (
 
 
 def _core(x: Tensor, fp32_only: bool = False) -> bool:
-    """Whether the compiled kernels take `x`."""
+    """Whether the compiled kernels take `x`, which has no gaps."""
     from pyft.core.loader import load_core
 
-    fits = core_takes(x) and not (fp32_only and x.dtype != torch.float32)
+    fits = x.is_cpu and x.layout == torch.strided and x.dtype in (_FP32_ONLY if fp32_only else _CORE_DTYPES)
     return fits and (torch.compiler.is_compiling() or load_core() is not None)
 
 
@@ -171,7 +172,7 @@ def pack_bits(x: Tensor, test: int, low: float = 0.0, high: float = 0.0) -> Tens
     """One bit for each element of `x`, packed as by `relu_bits`.
 
     Args:
-        x: any shape, real dtype and device, without gaps in memory.
+        x: any shape, real dtype and device, without gaps in memory (see `gap_free`).
         test: RELU: not x <= 0; POSITIVE: x > 0; INSIDE: low < x < high. NaN passes the first only.
     """
     return torch.ops.pyft.pack_bits(x, test, low, high) if _core(x) else pack_bits_reference(x, test, low, high)

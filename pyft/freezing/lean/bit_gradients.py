@@ -56,5 +56,6 @@ def keep_draws(x: Tensor, p: float) -> tuple[Tensor, float]:
 
 def dropped(x: Tensor, bits: Tensor, on: float) -> Tensor:
     """`x` with dropout by these bits. Also the gradient, which needs the strides that `x` had."""
-    strides = torch.empty_like(x, device="meta").stride()
-    return scale_by_bits(laid_out_as(x, strides), bits, on)
+    if not x.is_contiguous():
+        x = laid_out_as(x, torch.empty_like(x, device="meta").stride())
+    return scale_by_bits(x, bits, on)
