@@ -302,6 +302,10 @@ def test_max_pool_keeps_one_byte(cls: type[nn.Module], options: dict[str, Any], 
     x = torch.randn(*batch, 4, *[19] * (1 if cls is nn.MaxPool1d else 2))
     assert same(results(twin, x), results(layer, x))
     assert kept(twin, x, twin) == layer(x).numel()
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            assert torch.equal(twin(x), layer(x))
+    assert torch.equal(twin(x), layer(x))
     if x.ndim == 4:
         assert same(results(twin, last(x)), results(layer, last(x)))
 

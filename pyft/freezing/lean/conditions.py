@@ -17,9 +17,16 @@ def acts_on(x: object, *frozen: Tensor | None) -> bool:
     """
     return (
         torch.is_grad_enabled()
-        and type(x) in (Tensor, nn.Parameter)
+        and is_eager(x)
         and x.requires_grad  # type: ignore[attr-defined]
         and not any(tensor is not None and tensor.requires_grad for tensor in frozen)
+    )
+
+
+def is_eager(x: object) -> bool:
+    """Whether `x` is a plain tensor and nothing traces or transforms what is done with it."""
+    return (
+        type(x) in (Tensor, nn.Parameter)
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and torch._C._functorch.peek_interpreter_stack() is None

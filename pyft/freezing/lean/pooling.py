@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.modules.utils import _pair, _single
 
-from pyft.freezing.lean.conditions import acts_on, refuse_second, stand_in
+from pyft.core.loader import load_core
+from pyft.freezing.lean.conditions import acts_on, is_eager, refuse_second, stand_in
 from pyft.ops.max_pool import MOST_PLACES, max_pool_backward, max_pool_offsets, pooled_size
 
 
@@ -42,7 +43,11 @@ def _window(pool: nn.MaxPool1d | nn.MaxPool2d, axes: int) -> tuple[int, ...]:
 
 def _lean_max_pool(pool: nn.MaxPool1d | nn.MaxPool2d, x: Tensor, axes: int) -> Tensor | None:
     """The pooled x (C, ...) or (N, C, ...); None where torch must do it."""
-    if not acts_on(x) or pool.return_indices or not x.is_cpu or x.dtype != torch.float32 or not x.numel():
+    if not is_eager(x) or pool.return_indices or not x.is_cpu or x.dtype != torch.float32 or not x.numel():
+        return None
+    keeps = acts_on(x)
+    # torch's own kernel takes up to four times as long, so that ours serves passes without gradient, too.
+    if not keeps and ((x.requires_grad and torch.is_grad_enabled()) or load_core() is None):
         return None
     window = _window(pool, axes)
     kernel, padding = window[:2], window[4:6]
@@ -54,9 +59,14 @@ def _lean_max_pool(pool: nn.MaxPool1d | nn.MaxPool2d, x: Tensor, axes: int) -> T
     planes = planes if planes.ndim == 4 else planes.unsqueeze(0)
     if min(pooled_size(planes.shape[2 + axis], window, axis, pool.ceil_mode) for axis in (0, 1)) < 1:
         return None
-    y = _MaxPool.apply(planes, window, pool.ceil_mode)
+    run = _MaxPool.apply if keeps else _without_gradient
+    y = run(planes, window, pool.ceil_mode)
     y = y if axes == 2 else y.squeeze(-2)
     return y if x.ndim - axes == 2 else y.squeeze(0)
+
+
+def _without_gradient(x: Tensor, window: tuple[int, ...], ceil_mode: bool) -> Tensor:
+    return max_pool_offsets(x, window, ceil_mode)[0]
 
 
 class LeanMaxPool1d(nn.MaxPool1d):
