@@ -26,14 +26,19 @@ if TYPE_CHECKING:
     from pyft.export.onnx import export_onnx as export_onnx
     from pyft.finetune import finetune as finetune
     from pyft.finetune import resume as resume
+    from pyft.freezing.lean.calls import lean_calls as lean_calls
+    from pyft.freezing.lean.swap import LeanForms as LeanForms
+    from pyft.freezing.lean.swap import lean as lean
     from pyft.freezing.plan import FreezePlan as FreezePlan
     from pyft.freezing.plan import freeze as freeze
+    from pyft.freezing.saved_bytes import saved_bytes as saved_bytes
     from pyft.result import Result as Result
     from pyft.training.stages import Stage as Stage
 
 # public name -> module that holds it; a module stands for itself
 _HOMES = {
     "FreezePlan": "pyft.freezing.plan",
+    "LeanForms": "pyft.freezing.lean.swap",
     "Result": "pyft.result",
     "Stage": "pyft.training.stages",
     "doctor": "pyft.core.doctor",
@@ -42,15 +47,19 @@ _HOMES = {
     "export_onnx": "pyft.export.onnx",
     "finetune": "pyft.finetune",
     "freeze": "pyft.freezing.plan",
+    "lean": "pyft.freezing.lean.swap",
+    "lean_calls": "pyft.freezing.lean.calls",
     "ops": "pyft.ops",
     "optim": "pyft.optim",
     "predict": "pyft.evaluate",
     "resume": "pyft.finetune",
+    "saved_bytes": "pyft.freezing.saved_bytes",
 }
 _MODULES = ("errors", "ops", "optim")
 
 __all__ = [
     "FreezePlan",
+    "LeanForms",
     "Result",
     "Stage",
     "__version__",
@@ -60,10 +69,13 @@ __all__ = [
     "export_onnx",
     "finetune",
     "freeze",
+    "lean",
+    "lean_calls",
     "ops",
     "optim",
     "predict",
     "resume",
+    "saved_bytes",
 ]
 
 

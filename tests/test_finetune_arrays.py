@@ -366,3 +366,18 @@ def test_a_run_folder_named_by_date(tmp_path: Path) -> None:
     assert all(
         path.name.endswith("-tabular-classification") or "-tabular-classification-" in path.name for path in paths
     )
+
+
+@pytest.mark.parametrize("lean", [True, False])
+def test_frozen_layers_run_lean_and_are_torchs_own_afterwards(run_dir: Path, lean: bool) -> None:
+    model, seen = Convolutions(), set()
+    model.features[3].register_forward_hook(lambda module, *_: seen.add(type(module).__name__))
+    plan = pyft.freeze(model, "features.3", lean=lean)
+    plan.release(model)
+    x = torch.randn(48, 3, 8, 8)
+    pyft.finetune(
+        model, (x, torch.arange(48) % 3), freeze=plan, strategy="full", epochs=1, out=run_dir, export=None,
+        progress=False,
+    )  # fmt: skip
+    assert ("LeanConv2d" in seen) == lean
+    assert type(model.features[3]) is nn.Conv2d

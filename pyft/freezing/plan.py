@@ -12,13 +12,16 @@ from torch import nn
 from pyft.errors import ConfigError, FrozenError
 from pyft.freezing.eval_mode import keep_in_eval, let_train
 from pyft.freezing.fingerprint import Fingerprint, difference, fingerprints
+from pyft.freezing.lean.swap import lean as make_lean
+from pyft.freezing.lean.swap import release as release_lean
+from pyft.freezing.regroup import Group, check_optimizer, follow
 from pyft.freezing.selection import Selection, What, check_shared, is_only_buffers, require_values, select
 from pyft.freezing.table import Row, format_table, make_rows
 
 RECORD = "_pyft_frozen"
 
 
-def freeze(model: nn.Module, what: What | FreezePlan, *, only: bool = False) -> FreezePlan:
+def freeze(model: nn.Module, what: What | FreezePlan, *, only: bool = False, lean: bool = True) -> FreezePlan:
     """Freeze a part of `model`, in place, and give the plan of what trains. Make the optimizer afterwards.
 
     Frozen parameters get no gradient. A module whose parameters are all frozen stays in eval mode whatever
@@ -31,6 +34,8 @@ def freeze(model: nn.Module, what: What | FreezePlan, *, only: bool = False) -> 
             `pyft.freezing.selection.blocks_of`); a function (name, parameter) -> True to freeze, also asked for
             the buffers of modules without parameters; a FreezePlan; None for nothing.
         only: `what` names what trains instead, and everything else is frozen.
+        lean: frozen modules keep only what the gradient of their input needs (`pyft.lean`). False leaves them as they
+            are, as does a FreezePlan whose `lean` is False.
 
     Raises:
         ConfigError: a name or glob without a match; a depth that the model does not have; one tensor that is to be
@@ -43,7 +48,9 @@ def freeze(model: nn.Module, what: What | FreezePlan, *, only: bool = False) -> 
     >>> model.train()[1].training
     False
     """
-    return make_plan(model, what, only=only).apply(model)
+    plan = make_plan(model, what, only=only)
+    plan.lean = plan.lean and lean
+    return plan.apply(model)
 
 
 def make_plan(model: nn.Module, what: What | FreezePlan, *, only: bool = False) -> FreezePlan:
@@ -54,7 +61,9 @@ def make_plan(model: nn.Module, what: What | FreezePlan, *, only: bool = False) 
         if only:
             raise ConfigError("only=True: a FreezePlan says already what is frozen")
         what.check_names(model)
-        return _plan(model, Selection(what.names, frozenset(what.named_modules)))
+        plan = _plan(model, Selection(what.names, frozenset(what.named_modules)))
+        plan.lean = what.lean
+        return plan
     chosen = select(model, what)
     named = dict(model.named_parameters(remove_duplicate=False))
     if only:
@@ -76,6 +85,7 @@ class FreezePlan:
         num_total: elements of all parameters.
         eval_modules: names of the modules that stay in eval mode.
         notes: lines worth telling the user.
+        lean: whether `apply` swaps frozen modules to forms that keep little for backward (`pyft.lean`).
     """
 
     trainable: list[str]
@@ -88,6 +98,7 @@ class FreezePlan:
     named_modules: list[str]
     rows: list[Row]
     fingerprints: dict[str, Fingerprint] | None = None
+    lean: bool = True
 
     @property
     def share(self) -> float:
@@ -126,6 +137,9 @@ class FreezePlan:
         kept_ids = {id(module) for module in keep}
         let_train(module for module in modules.values() if id(module) not in kept_ids)
         keep_in_eval(keep)
+        release_lean(model)
+        if self.lean:
+            make_lean(model)
         model.__dict__[RECORD] = record
         self.fingerprints = fingerprints(dict(self._frozen_tensors(model)))
         return self
@@ -136,8 +150,16 @@ class FreezePlan:
         Raises:
             ConfigError: with the first name.
         """
-        names = {name for name, _ in unwrap(model).named_parameters(remove_duplicate=False)}
-        planned = self.names | set(self.trainable)
+        model = unwrap(model)
+        first = {id(parameter): name for name, parameter in model.named_parameters()}
+        trains = set(self.trainable)
+        planned = set(self.names | trains)
+        names = set()
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.add(name)
+            # A shared tensor that trains stands in the plan under its first name.
+            if first[id(parameter)] in trains:
+                planned.add(name)
         for name in [*self.frozen, *self.trainable, *sorted(names)]:
             if name not in names or name not in planned:
                 where = "the model" if name not in names else "the plan"
@@ -150,22 +172,61 @@ class FreezePlan:
         for name, parameter in model.named_parameters(remove_duplicate=False):
             parameter.requires_grad_(record.get(name, parameter.requires_grad))
         let_train(model.modules())
+        release_lean(model)
         model.__dict__.pop(RECORD, None)
 
-    def extend(self, model: nn.Module, what: What) -> FreezePlan:
-        """Freeze more: a new plan with `what` frozen too, applied to `model`."""
+    def extend(self, model: nn.Module, what: What, *, optimizer: torch.optim.Optimizer | None = None) -> FreezePlan:
+        """Freeze more: a new plan with `what` frozen too, applied to `model`.
+
+        Args:
+            optimizer: drops the parameters that froze, and their state.
+        """
         more = select(unwrap(model), what)
         modules = frozenset(self.named_modules) | more.modules
-        return _plan(unwrap(model), Selection(self.names | more.parameters, modules)).apply(model)
+        return self._change(unwrap(model), Selection(self.names | more.parameters, modules), optimizer, None)
 
-    def thaw(self, model: nn.Module, what: What) -> FreezePlan:
+    def thaw(
+        self,
+        model: nn.Module,
+        what: What,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        group: Group = None,
+    ) -> FreezePlan:
         """Freeze less: a new plan with `what` trained, applied to `model`.
 
-        Tell the optimizer: `optimizer.add_param_group` with the parameters that are new, or make another one.
+        Args:
+            optimizer: of pyft or torch: the new parameters join it with a step count of 0, the state of the others
+                stays. Without it, tell the optimizer yourself, or make another one.
+            group: number of the group that they join, or a dict of hyperparameters for a new group, which a scheduler
+                that exists does not know. None: the group that holds the most parameters of their kind, matrices, or
+                biases and norms.
+
+        Raises:
+            ConfigError: as `freeze`, and an optimizer or a group that cannot be used. Nothing is changed then.
+
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> plan = freeze(model, "0")
+        >>> optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+        >>> plan = plan.thaw(model, "0", optimizer=optimizer)
+        >>> len(optimizer.param_groups[0]["params"])
+        4
         """
         less = select(unwrap(model), what)
         modules = frozenset(self.named_modules) - less.modules
-        return _plan(unwrap(model), Selection(self.names - less.parameters, modules)).apply(model)
+        return self._change(unwrap(model), Selection(self.names - less.parameters, modules), optimizer, group)
+
+    def _change(
+        self, model: nn.Module, frozen: Selection, optimizer: torch.optim.Optimizer | None, group: Group
+    ) -> FreezePlan:
+        if optimizer is not None:
+            check_optimizer(optimizer, group)
+        plan = _plan(model, frozen)
+        plan.lean = self.lean
+        plan.apply(model)
+        if optimizer is not None:
+            follow(optimizer, model, group)
+        return plan
 
     def verify(self, model: nn.Module) -> None:
         """Compare every frozen parameter, and the buffers of modules kept in eval mode, bit for bit with the start.

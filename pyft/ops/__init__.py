@@ -1,8 +1,34 @@
 """Operators of `torch.ops.pyft`: schema, fake and PyTorch reference; the compiled core adds the fast kernels."""
 
 from pyft.ops.adamw import adamw_
+from pyft.ops.bit_masks import (
+    affine_relu_bits,
+    mask_by_bits,
+    mask_channels,
+    pack_bits,
+    relu_bits,
+    relu_bits_,
+    scale_by_bits,
+)
 from pyft.ops.clip import agc_grads_, clamp_grads_, scale_grads_
 from pyft.ops.grad_norm import grad_norm
+from pyft.ops.max_pool import max_pool_backward, max_pool_offsets
 from pyft.ops.update import update_
 
-__all__ = ["adamw_", "agc_grads_", "clamp_grads_", "grad_norm", "scale_grads_", "update_"]
+__all__ = [
+    "adamw_",
+    "affine_relu_bits",
+    "agc_grads_",
+    "clamp_grads_",
+    "grad_norm",
+    "mask_by_bits",
+    "mask_channels",
+    "max_pool_backward",
+    "max_pool_offsets",
+    "pack_bits",
+    "relu_bits",
+    "relu_bits_",
+    "scale_by_bits",
+    "scale_grads_",
+    "update_",
+]

@@ -183,6 +183,17 @@ class CoreOptimizer(torch.optim.Optimizer):
         if self._own_norms and self._norms is not None:
             self._norms.watch(self.param_groups[-1]["params"])
 
+    def params_changed(self) -> None:
+        """Take note that parameters were put into or taken out of groups; `FreezePlan.thaw` calls it."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                self._check_parameter(param, "params")
+        self._plan, self._plans, self._made = None, {}, []
+        self._watch()
+        if self._own_norms and self._norms is not None:
+            self._norms.remove()
+            self._norms.watch([param for group in self.param_groups for param in group["params"]])
+
     def _check(self, group: dict[str, Any]) -> None:
         at_least_zero(group, "lr", "decay_to_init")
         self._check_group(group)

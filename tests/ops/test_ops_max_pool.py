@@ -1,0 +1,103 @@
+"""Max pooling with one byte for each output: torch's bits, forward and backward, for any window."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pyft.ops.max_pool import max_pool_backward, max_pool_offsets
+
+
+def check(x: torch.Tensor, window: tuple[int, ...], ceil: bool) -> None:
+    """Output and gradient as torch's, bit for bit."""
+    kernel, stride, padding, dilation = window[:2], window[2:4], window[4:6], window[6:]
+    leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    want = F.max_pool2d(leaf, kernel, stride, padding, dilation, ceil)
+    grad = torch.empty_like(want).copy_(torch.randn(want.shape))
+    (want_dx,) = torch.autograd.grad(want, leaf, grad)
+    y, at = max_pool_offsets(x, window, ceil)
+    last = not y.is_contiguous()
+    assert y.shape == want.shape
+    assert y.stride() == want.stride()
+    assert torch.allclose(y, want, rtol=0, atol=0, equal_nan=True)
+    dx = max_pool_backward(grad, at, x.shape, window, last)
+    assert torch.equal(dx, want_dx)
+
+
+@st.composite
+def pools(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
+    numbers = {"kernel": [], "stride": [], "padding": [], "dilation": []}
+    sizes = []
+    for _ in range(2):
+        kernel = draw(st.integers(1, 5))
+        dilation = draw(st.integers(1, 3))
+        padding = draw(st.integers(0, kernel // 2))
+        numbers["kernel"].append(kernel)
+        numbers["stride"].append(draw(st.integers(1, 4)))
+        numbers["padding"].append(padding)
+        numbers["dilation"].append(dilation)
+        # A window with all its places in the padding makes torch write out of bounds.
+        sizes.append(draw(st.integers(dilation * kernel, 16)))
+    window = tuple(n for pair in numbers.values() for n in pair)
+    return (draw(st.integers(1, 3)), draw(st.integers(1, 4)), *sizes), window, draw(st.booleans())
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=pools(), last=st.booleans(), seed=st.integers(0, 1000), levels=st.sampled_from([3, 1000]))
+def test_any_window_is_torchs(backend: str, case, last: bool, seed: int, levels: int) -> None:
+    shape, window, ceil = case
+    # Few levels: many equal values in one window.
+    x = torch.randint(-levels, levels, shape, generator=torch.Generator().manual_seed(seed)).float()
+    check(x.contiguous(memory_format=torch.channels_last) if last else x, window, ceil)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_nan_and_infinities(backend: str, last: bool) -> None:
+    x = torch.randn(2, 3, 9, 9)
+    flat = x.view(-1)
+    flat[::5] = math.nan
+    flat[1::7] = -math.inf
+    flat[2::11] = math.inf
+    x[0, 0] = -math.inf
+    x[1, 1] = math.nan
+    check(x.contiguous(memory_format=torch.channels_last) if last else x, (3, 3, 2, 2, 1, 1, 1, 1), False)
+    check(x.contiguous(memory_format=torch.channels_last) if last else x, (3, 3, 1, 1, 1, 1, 2, 2), True)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_every_cpu_target_and_a_size_for_threads(cpu_target: str, last: bool) -> None:
+    x = torch.randn(4, 19, 65, 63)
+    check(x.contiguous(memory_format=torch.channels_last) if last else x, (3, 3, 2, 2, 1, 1, 1, 1), False)
+
+
+def test_bad_calls_are_refused_and_foreign_offsets_write_nowhere_else(core) -> None:
+    x = torch.randn(1, 1, 4, 4)
+    with pytest.raises(RuntimeError, match="window must be 8 numbers"):
+        torch.ops.pyft.max_pool_offsets(x, torch.empty(1, 1, 2, 2), [2, 2])
+    with pytest.raises(RuntimeError, match="window 2 has no place inside the input"):
+        torch.ops.pyft.max_pool_offsets(x, torch.empty(1, 1, 9, 9), [2, 2, 2, 2, 0, 0, 1, 1])
+    with pytest.raises(RuntimeError, match="at most 256"):
+        torch.ops.pyft.max_pool_offsets(x, torch.empty(1, 1, 1, 1), [20, 20, 2, 2, 0, 0, 1, 1])
+    with pytest.raises(RuntimeError, match="window 0 has no place inside the input of size 2"):
+        max_pool_offsets(torch.randn(1, 1, 2, 3), (2, 2, 1, 1, 1, 1, 3, 1))
+    at = torch.full((4,), 255, dtype=torch.uint8)
+    whole = torch.full((36,), 77.0)
+    torch.ops.pyft.max_pool_backward_(
+        torch.ones(1, 1, 2, 2), at, whole[10:26].view(1, 1, 4, 4), [2, 2, 2, 2, 0, 0, 1, 1]
+    )
+    assert (whole[:10] == 77).all()
+    assert (whole[26:] == 77).all()
+
+
+def test_opcheck(backend: str) -> None:
+    x, y, window = torch.randn(2, 3, 6, 6), torch.empty(2, 3, 3, 3), [2, 2, 2, 2, 0, 0, 1, 1]
+    torch.library.opcheck(torch.ops.pyft.max_pool_offsets.default, (x, y, window))
+    at = torch.zeros(54, dtype=torch.uint8)
+    torch.library.opcheck(
+        torch.ops.pyft.max_pool_backward_.default, (torch.randn(2, 3, 3, 3), at, torch.empty_like(x), window)
+    )
