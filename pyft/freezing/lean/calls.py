@@ -147,8 +147,7 @@ def lean_calls() -> TorchFunctionMode:
 
     `F.scaled_dot_product_attention` on the CPU keeps three matrices of the size of its weights where there is dropout;
     here it keeps q, k and v, and one bit for each weight. The draws are torch's. Every call of a torch function takes
-    about a microsecond longer. Inside torch.compile and inside gradient checkpoints nothing
-    changes.
+    about a microsecond longer. Inside torch.compile and inside gradient checkpoints nothing changes.
 
     >>> x = torch.ones(8, 8, requires_grad=True) * 1.0
     >>> with lean_calls():
