@@ -28,12 +28,14 @@ if TYPE_CHECKING:
     from pyft.finetune import resume as resume
     from pyft.freezing.plan import FreezePlan as FreezePlan
     from pyft.freezing.plan import freeze as freeze
+    from pyft.freezing.prefix_cache import PrefixCache as PrefixCache
     from pyft.result import Result as Result
     from pyft.training.stages import Stage as Stage
 
 # public name -> module that holds it; a module stands for itself
 _HOMES = {
     "FreezePlan": "pyft.freezing.plan",
+    "PrefixCache": "pyft.freezing.prefix_cache",
     "Result": "pyft.result",
     "Stage": "pyft.training.stages",
     "doctor": "pyft.core.doctor",
@@ -51,6 +53,7 @@ _MODULES = ("errors", "ops", "optim")
 
 __all__ = [
     "FreezePlan",
+    "PrefixCache",
     "Result",
     "Stage",
     "__version__",

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pyft.core.memory import free_memory
 from pyft.data.arrays import as_tensor
 from pyft.data.images import ImagePreprocess, read_image, to_rgb
 from pyft.data.randomness import global_generators_kept, seed_global_generators
@@ -20,24 +21,6 @@ from pyft.errors import DataError
 
 CACHE_SHARE = 4
 """Decoded images are kept while they take at most one part in this many of the free memory."""
-
-
-def free_memory() -> int:
-    """Bytes that may still be allocated: of the machine, or of the container if that is less."""
-    limits = [int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemAvailable:")]
-    limit, used = (" ".join(_lines(f"/sys/fs/cgroup/memory.{name}")) for name in ("max", "current"))
-    if limit.isdigit() and used.isdigit():
-        limits.append(int(limit) - int(used))
-    if not limits and hasattr(os, "sysconf"):
-        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
-    return max(min(limits, default=1 << 30), 0)
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
 
 
 class TensorInputs:
