@@ -174,6 +174,19 @@ def weights(text: str) -> str | list[float] | None:
     return [number(part) for part in text.split(",")]
 
 
+def kept_where(text: str) -> str | bool:
+    """auto, ram, disk, or false.
+
+    >>> kept_where("disk"), kept_where("false")
+    ('disk', False)
+    """
+    if text.lower() in ("auto", "ram", "disk"):
+        return text.lower()
+    if text.lower() in ("false", "no", "off", "none"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected auto, ram, disk or false, got '{text}'")
+
+
 def count_or_share(text: str) -> float | int:
     """A count of steps ("100") or a share of all steps ("0.1").
 
@@ -236,6 +249,8 @@ _TRAINING = [
     Option("label_smoothing", 0.0, number, "X", "share of the target spread over all classes"),
     Option("metric", "auto", str, "NAME", "metric that picks the best epoch"),
     Option("patience", None, or_word(whole, "none"), "N", "stop after N epochs without a better one"),
+    Option("cache_features", "auto", kept_where, "WHERE", "keep what the frozen part gives: auto, ram, disk, false"),
+    Option("augment_views", None, or_word(whole, "none"), "K", "random copies per sample of which that is kept"),
     Option("seed", 0, whole, "N", "seed of everything random"),
     Option("device", "auto", str, "NAME", "cpu, cuda, cuda:1, or auto"),
 ]

@@ -132,7 +132,7 @@ class PrefixCache:
         numbers = np.asarray(indices.cpu() if isinstance(indices, torch.Tensor) else indices, dtype=np.int64)
         if numbers.ndim != 1 or (numbers < 0).any():
             raise ConfigError(f"indices: expected (B,) whole numbers of 0 or more, got shape {numbers.shape}")
-        self._numbers = numbers * self.augment_views + view % self.augment_views
+        self._numbers = self._view_numbers(numbers, view)
         try:
             with self.prefix.attached(lambda forward: _Root(self, forward)):
                 yield
@@ -159,8 +159,8 @@ class PrefixCache:
         try:
             set_modes(modes, False)
             for indices, inputs in batches:
-                numbers = np.asarray(indices, dtype=np.int64) * self.augment_views + view % self.augment_views
-                if not self._store.has(numbers).all():
+                numbers = self._view_numbers(indices, view)
+                if self.reason is None and not self._store.has(numbers).all():
                     self._fill_one(numbers, inputs)
                 if progress is not None:
                     progress(len(numbers))
@@ -172,8 +172,14 @@ class PrefixCache:
     def _fill_one(self, numbers: np.ndarray, inputs: Any) -> None:
         facts = batch_facts(inputs)
         rows = self._new_rows(numbers, facts)
-        with torch.inference_mode():
-            packed = self.prefix.capture(facts, rows, lambda: run_model(self.model, inputs))
+        try:
+            if facts.form != self._example.form:
+                raise StandInError("its inputs have other sizes than those of the example")
+            with torch.inference_mode():
+                packed = self.prefix.capture(facts, rows, lambda: run_model(self.model, inputs))
+        except StandInError as error:
+            self.give_up(str(error))
+            return
         self._commit(numbers[rows], facts.lengths[rows], packed)
 
     def finish(self) -> None:
@@ -199,21 +205,48 @@ class PrefixCache:
                 self.say(f"stored features are not used any more, the whole model runs: {reason}")
             self._store = memory_store(self._columns)
 
-    def values(self, indices: np.ndarray) -> torch.Tensor:
-        """(B, ...) the stored value of samples, where there is only one that is not padded.
+    def values(self, indices: np.ndarray, view: int = 0) -> torch.Tensor:
+        """(B, ...) the stored value of samples, where the cache is `single`: a new tensor, on the CPU.
 
         Raises:
             ConfigError: there are several values, or padded ones, or a sample is not stored.
         """
-        if len(self._columns) != 1 or any(column.ragged for column in self._columns.values()):
+        numbers = self._view_numbers(indices, view)
+        if not self.single:
             raise ConfigError("values: the prefix has several values, or padded ones")
-        if not self._store.has(indices).all():
-            raise ConfigError("indices: a sample is not stored yet")
-        return self._store.get(next(iter(self._columns)), indices, 0)
+        if not self._store.has(numbers).all():
+            raise ConfigError("indices: a sample is not stored")
+        return self._store.get(next(iter(self._columns)), numbers, 0)
 
-    def has(self, indices: np.ndarray) -> np.ndarray:
+    def compute(self, inputs: Any) -> torch.Tensor:
+        """(B, ...) the value of a batch, where the cache is `single`; nothing is stored."""
+        facts = batch_facts(inputs)
+        modes = [(module, module.training) for module in self.model.modules()]
+        set_modes(modes, False)
+        try:
+            with torch.inference_mode():
+                packed = self.prefix.capture(facts, np.arange(facts.batch), lambda: run_model(self.model, inputs))
+        finally:
+            set_modes(modes, True)
+        store = memory_store(self._columns)
+        with torch.no_grad():
+            store.add(np.arange(facts.batch), facts.lengths, packed)
+        return store.get(next(iter(self._columns)), np.arange(facts.batch), 0)
+
+    def has(self, indices: np.ndarray, view: int = 0) -> np.ndarray:
         """(B,) bool: which samples are stored."""
-        return self._store.has(np.asarray(indices, dtype=np.int64))
+        return self._store.has(self._view_numbers(indices, view))
+
+    def take_over(self, other: PrefixCache) -> bool:
+        """Use what another cache has stored, where it is of the same prefix; returns whether it is. Closes `other`."""
+        same = self.key == other.key and other.reason is None and self._writer is None and other._writer is None
+        if same and len(self) < len(other):
+            self._store = other._store
+        other.close()
+        return same
+
+    def _view_numbers(self, indices: np.ndarray, view: int) -> np.ndarray:
+        return np.asarray(indices, dtype=np.int64) * self.augment_views + view % self.augment_views
 
     def __len__(self) -> int:
         return self._store.count
@@ -232,6 +265,11 @@ class PrefixCache:
     def single(self) -> bool:
         """Whether there is one value per sample, of one shape."""
         return len(self._columns) == 1 and not any(column.ragged for column in self._columns.values())
+
+    @property
+    def value_dtype(self) -> torch.dtype:
+        """In which the first value is stored."""
+        return next(iter(self._columns.values())).dtype
 
     def bytes_for(self, lengths: np.ndarray) -> int:
         """Bytes that samples of these padded lengths (n,) will take."""
