@@ -330,15 +330,16 @@ def open_features(
     job: Job, run: RunDir, keeper: FeatureKeeper, plan: FreezePlan, stage: Stage, show: Progress
 ) -> StageFeatures | None:
     """The features of the frozen part, computed; None where the whole model runs in every epoch, with a note."""
+    seconds = dict(run.seconds)
     try:
-        with timed(run.seconds, "features"):
+        with timed(seconds, "features"):
             features = keeper.open(plan)
             features.fill()
     except NotCachedError as reason:
-        run.seconds.pop("features", None)
         if plan.frozen:
             show.note(f"stage '{stage.name}': every epoch runs the whole model, because {reason}")
         return None
+    run.seconds.update(seconds)
     for line in features.lines():
         show.note(f"stage '{stage.name}': {line}")
     return features

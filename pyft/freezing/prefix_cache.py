@@ -48,7 +48,8 @@ class PrefixCache:
         directory: for files; default: `features` in `PYFT_CACHE_DIR`.
         key: names the samples and their preprocessing by content, so that files can be found again by later
             processes. None: files are private to this object.
-        dtype: in which floating point values are stored; None: as they are computed.
+        dtype: in which floating point values are stored; None: as they are computed. They are given back in the
+            wider of both.
         num_samples: that will come; helps "auto" and saves copies.
         augment_views: K randomly changed copies of each sample that are stored; see `batch`.
         checks: that many played batches are compared with the real thing first.

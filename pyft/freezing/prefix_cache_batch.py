@@ -104,11 +104,11 @@ def _trimmed(inputs: Any, facts: BatchFacts, length: int) -> Any:
     return row_inputs(inputs, cut)
 
 
-def agree(found: Any, expected: Any) -> bool:
+def agree(found: Any, expected: Any, loose: bool = False) -> bool:
     """Whether two outputs of a model are the same but for rounding."""
     one, other = tensors_in(found), tensors_in(expected)
     return len(one) == len(other) and all(
-        same_values(a, b, loose=a.dtype.itemsize < 4) for a, b in zip(one, other, strict=True)
+        same_values(a, b, loose=loose or a.dtype.itemsize < 4) for a, b in zip(one, other, strict=True)
     )
 
 

@@ -102,6 +102,9 @@ def find_cut(model: nn.Module, trainable: Collection[str], variants: Variants) -
             continue
         if found | forced == needed:
             break
+        if not forced and not any(record.affected_by(found - needed) for record in records):
+            needed = found
+            break
         needed = _first_new(needed, found | forced)
     else:
         raise CannotCutError("its forward pass does not settle")
@@ -182,6 +185,7 @@ class Record:
         unfit: calls that cannot be replayed after all. order: keys in the order in which they were made.
         constants: what replayed calls and operations get that is no tensor.
         origins: names of the parameters and buffers that reach them through plain code.
+        writes: whether something writes to what a replayed call gave.
     """
 
     returned: dict[Site, tuple[Any, list[Any]]] = field(default_factory=dict)
@@ -191,6 +195,11 @@ class Record:
     order: list[Key] = field(default_factory=list)
     constants: list[str] = field(default_factory=list)
     origins: set[str] = field(default_factory=set)
+    writes: bool = False
+
+    def affected_by(self, new: set[Key]) -> bool:
+        """Whether the pass would have been another one with these values as real tensors."""
+        return self.writes or any(key in new for *_, read in self.ops for key in read)
 
 
 class Rehearsal(Dependence):
@@ -234,6 +243,7 @@ class Rehearsal(Dependence):
             # It writes to memory that others than the prefix may read.
             self.record.unfit.add(site)
         for storage in written:
+            self.record.writes = True
             self.spent |= self.owners.pop(storage, set())
         leaves, structure = tree_flatten(out)
         self.record.returned[site] = (structure, [_facts(leaf) for leaf in leaves])
@@ -318,6 +328,7 @@ class Rehearsal(Dependence):
         """Plain code writes to values that the prefix gives: under one name that is harmless."""
         for storage in storages:
             keys = self.owners.get(storage, set())
+            self.record.writes |= bool(keys)
             if len(keys & self.plain) > 1:
                 raise CannotCutError("later code changes in place what the frozen part gives under two names")
             if len(keys) > 1:
