@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pyft.freezing.plan import FreezePlan as FreezePlan
     from pyft.freezing.plan import freeze as freeze
     from pyft.freezing.prefix_cache import PrefixCache as PrefixCache
+    from pyft.plan import plan as plan
     from pyft.result import Result as Result
     from pyft.training.stages import Stage as Stage
 
@@ -46,6 +47,7 @@ _HOMES = {
     "freeze": "pyft.freezing.plan",
     "ops": "pyft.ops",
     "optim": "pyft.optim",
+    "plan": "pyft.plan",
     "predict": "pyft.evaluate",
     "resume": "pyft.finetune",
 }
@@ -65,6 +67,7 @@ __all__ = [
     "freeze",
     "ops",
     "optim",
+    "plan",
     "predict",
     "resume",
 ]

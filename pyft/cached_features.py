@@ -191,7 +191,7 @@ class StageFeatures:
         try:
             for view in range(self.cache.augment_views):
                 with autocast(self.job.device, self.job.forward_precision):
-                    self.cache.fill(self._fill_batches(view), tell, view)
+                    self.cache.fill(self.batches_to_fill(fill_order(len(self.keeper.numbering)), view), tell, view)
             if self.cache.reason is not None:
                 raise NotCachedError(self.cache.reason)
             self.cache.finish()
@@ -206,10 +206,11 @@ class StageFeatures:
                 if batches is not None and hasattr(batches.source, "stop"):
                     batches.source.stop()
 
-    def _fill_batches(self, view: int) -> Iterator[tuple[np.ndarray, Any]]:
+    def batches_to_fill(self, order: list[np.ndarray], view: int) -> Iterator[tuple[np.ndarray, Any]]:
+        """(rows (B,), inputs) of each batch of rows; the inputs are None where all is stored."""
         numbering, job = self.keeper.numbering, self.job
         train = len(job.data.train)
-        for rows in fill_order(len(numbering)):
+        for rows in order:
             if self.cache.has(rows, view).all():
                 yield rows, None
                 continue

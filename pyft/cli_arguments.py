@@ -270,12 +270,15 @@ def options() -> Iterable[Option]:
 
 
 def _add_train(commands: Any) -> None:
-    parser = commands.add_parser(
-        "train",
-        help="tune a model on data",
-        description="Tune MODEL on DATA, evaluate it, and export it to ONNX.",
-        usage="%(prog)s MODEL DATA [options]",
-    )
+    _add_job(commands, "train", "tune a model on data", "Tune MODEL on DATA, evaluate it, and export it to ONNX.")
+    _add_job(
+        commands, "plan", "what train would cost",
+        "Say what `pyft train` with the same words would cost in time and memory.",
+    )  # fmt: skip
+
+
+def _add_job(commands: Any, name: str, text: str, description: str) -> None:
+    parser = commands.add_parser(name, help=text, description=description, usage="%(prog)s MODEL DATA [options]")
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
         "data",

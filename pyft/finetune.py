@@ -164,7 +164,12 @@ def finetune(
         result = evaluate_tuned(job, run, history, plan)
         if export is not None:
             export_tuned(job, run, result, show)
+        predicted = tell_prediction(run, config)
+        if predicted is not None:
+            result.notes = (*result.notes, predicted)
         finish(run, result)
+        if predicted is not None:
+            show.note(predicted)
         show.note("seconds: " + ", ".join(f"{part} {spent:.1f}" for part, spent in run.seconds.items()))
         return result
     except Exception as error:
@@ -464,6 +469,18 @@ def compare(job: Job, path: Path, report: Path) -> Parity:
         lambda inputs: call_model(job.model, inputs), path, batches.epoch(0),
         problem=job.data.problem, classes=job.data.classes, report=report,
     )  # fmt: skip
+
+
+def tell_prediction(run: RunDir, config: dict[str, Any]) -> str | None:
+    """How right `pyft.plan` was, if it was asked about this run; its seconds go into timings.json."""
+    from pyft.plan import recalled
+
+    predicted = recalled(config)
+    if predicted is None:
+        return None
+    took = sum(run.seconds.get(part, 0.0) for part in ("features", "train", "validate"))
+    run.seconds["predicted"] = predicted
+    return f"pyft.plan said {predicted:.1f} s for features, training and validation; it took {took:.1f} s"
 
 
 def finish(run: RunDir, result: Result) -> None:

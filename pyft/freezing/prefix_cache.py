@@ -219,17 +219,21 @@ class PrefixCache:
             raise ConfigError("indices: a sample is not stored")
         return self._store.get(next(iter(self._columns)), numbers, 0)
 
-    def compute(self, inputs: Any) -> torch.Tensor:
-        """(B, ...) the value of a batch, where the cache is `single`; nothing is stored."""
+    def packed(self, inputs: Any) -> dict[Key, torch.Tensor]:
+        """What `fill` would store for a batch, without padding; nothing is stored."""
         facts = batch_facts(inputs)
         modes = [(module, module.training) for module in self.model.modules()]
         set_modes(modes, False)
         try:
             with torch.inference_mode():
-                packed = self.prefix.capture(facts, np.arange(facts.batch), lambda: run_model(self.model, inputs))
+                return self.prefix.capture(facts, np.arange(facts.batch), lambda: run_model(self.model, inputs))
         finally:
             set_modes(modes, True)
-        store = memory_store(self._columns)
+
+    def compute(self, inputs: Any) -> torch.Tensor:
+        """(B, ...) the value of a batch, where the cache is `single`; nothing is stored."""
+        facts, store = batch_facts(inputs), memory_store(self._columns)
+        packed = self.packed(inputs)
         with torch.no_grad():
             store.add(np.arange(facts.batch), facts.lengths, packed)
         return store.get(next(iter(self._columns)), np.arange(facts.batch), 0)
