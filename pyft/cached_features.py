@@ -30,6 +30,8 @@ from pyft.training.progress import Progress, duration
 
 FILL_BATCH = 64
 """Samples per batch where no gradient is kept: large enough to fill the matrix units, small enough for the cache."""
+FILL_PICTURES = 8
+"""The same for pictures, whose first layers give much: EfficientNet-Lite0 takes half the time per picture of 64."""
 SECONDS_BETWEEN_LINES = 10.0
 _ROWS, _VIEW, _PLAIN = "pyft_rows", "pyft_view", "pyft_inputs"
 
@@ -191,7 +193,9 @@ class StageFeatures:
         try:
             for view in range(self.cache.augment_views):
                 with autocast(self.job.device, self.job.forward_precision):
-                    self.cache.fill(self.batches_to_fill(fill_order(len(self.keeper.numbering)), view), tell, view)
+                    self.cache.fill(
+                        self.batches_to_fill(fill_order(self.job, len(self.keeper.numbering)), view), tell, view
+                    )
             if self.cache.reason is not None:
                 raise NotCachedError(self.cache.reason)
             self.cache.finish()
@@ -306,9 +310,11 @@ class FillProgress:
         self.show.note(f"features: {self.done:,} of {self.total:,} samples{left}")
 
 
-def fill_order(count: int) -> list[np.ndarray]:
+def fill_order(job: Job, count: int) -> list[np.ndarray]:
     """The batches in which features are computed: the same for every run, so that they have the same bits."""
-    return [np.arange(start, min(start + FILL_BATCH, count)) for start in range(0, count, FILL_BATCH)]
+    inputs = job.example.inputs
+    size = FILL_PICTURES if isinstance(inputs, torch.Tensor) and inputs.ndim >= 4 else FILL_BATCH
+    return [np.arange(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def features_dtype(job: Job) -> torch.dtype | None:

@@ -201,7 +201,7 @@ def _spread(count: int) -> list[int]:
 
 
 def _fill_seconds(features: StageFeatures) -> float:
-    order = fill_order(len(features.keeper.numbering))
+    order = fill_order(features.job, len(features.keeper.numbering))
     places = _spread(len(order))
     spent, samples = 0.0, 0
     for turn, place in enumerate([places[0], *places]):
