@@ -29,6 +29,7 @@ from pyft.freezing.plan import FreezePlan, freeze, make_plan
 from pyft.job import EVALUATION_BATCH, Job, autocast, given_back_on_error, inspect, model_fingerprint, to_device
 from pyft.models.call import call_model
 from pyft.models.saved import load_state, save_model
+from pyft.plan import tell_prediction
 from pyft.preprocess import spec_of
 from pyft.result import MAIN_METRICS, Result
 from pyft.run_dir import RunDir
@@ -164,7 +165,7 @@ def finetune(
         result = evaluate_tuned(job, run, history, plan)
         if export is not None:
             export_tuned(job, run, result, show)
-        predicted = tell_prediction(run, config)
+        predicted = tell_prediction(config, run.seconds)
         if predicted is not None:
             result.notes = (*result.notes, predicted)
         finish(run, result)
@@ -469,18 +470,6 @@ def compare(job: Job, path: Path, report: Path) -> Parity:
         lambda inputs: call_model(job.model, inputs), path, batches.epoch(0),
         problem=job.data.problem, classes=job.data.classes, report=report,
     )  # fmt: skip
-
-
-def tell_prediction(run: RunDir, config: dict[str, Any]) -> str | None:
-    """How right `pyft.plan` was, if it was asked about this run; its seconds go into timings.json."""
-    from pyft.plan import recalled
-
-    predicted = recalled(config)
-    if predicted is None:
-        return None
-    took = sum(run.seconds.get(part, 0.0) for part in ("features", "train", "validate"))
-    run.seconds["predicted"] = predicted
-    return f"pyft.plan said {predicted:.1f} s for features, training and validation; it took {took:.1f} s"
 
 
 def finish(run: RunDir, result: Result) -> None:

@@ -145,6 +145,16 @@ def recalled(config: Mapping[str, Any]) -> float | None:
     return float(value)
 
 
+def tell_prediction(config: Mapping[str, Any], seconds: dict[str, float]) -> str | None:
+    """How right `plan` was, if it was asked about this run; what it said is added to the `seconds` of the run."""
+    predicted = recalled(config)
+    if predicted is None:
+        return None
+    took = sum(seconds.get(part, 0.0) for part in ("features", "train", "validate"))
+    seconds["predicted"] = predicted
+    return f"pyft.plan said {predicted:.1f} s for features, training and validation; it took {took:.1f} s"
+
+
 def _remember(config: Mapping[str, Any], cost: Cost) -> None:
     try:
         write_json(_place(config), {"seconds": cost.seconds, "stages": [asdict(stage) for stage in cost.stages]})
