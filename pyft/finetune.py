@@ -165,12 +165,10 @@ def finetune(
         result = evaluate_tuned(job, run, history, plan)
         if export is not None:
             export_tuned(job, run, result, show)
-        predicted = tell_prediction(config, run.seconds)
-        if predicted is not None:
+        if (predicted := tell_prediction(config, run.seconds)) is not None:
             result.notes = (*result.notes, predicted)
-        finish(run, result)
-        if predicted is not None:
             show.note(predicted)
+        finish(run, result)
         show.note("seconds: " + ", ".join(f"{part} {spent:.1f}" for part, spent in run.seconds.items()))
         return result
     except Exception as error:
