@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from pyft.freezing.lean.swap import lean as lean
     from pyft.freezing.plan import FreezePlan as FreezePlan
     from pyft.freezing.plan import freeze as freeze
+    from pyft.freezing.prefix_cache import PrefixCache as PrefixCache
     from pyft.freezing.saved_bytes import saved_bytes as saved_bytes
+    from pyft.plan import plan as plan
     from pyft.result import Result as Result
     from pyft.training.stages import Stage as Stage
 
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "FreezePlan": "pyft.freezing.plan",
     "LeanForms": "pyft.freezing.lean.swap",
+    "PrefixCache": "pyft.freezing.prefix_cache",
     "Result": "pyft.result",
     "Stage": "pyft.training.stages",
     "doctor": "pyft.core.doctor",
@@ -51,6 +54,7 @@ _HOMES = {
     "lean_calls": "pyft.freezing.lean.calls",
     "ops": "pyft.ops",
     "optim": "pyft.optim",
+    "plan": "pyft.plan",
     "predict": "pyft.evaluate",
     "resume": "pyft.finetune",
     "saved_bytes": "pyft.freezing.saved_bytes",
@@ -60,6 +64,7 @@ _MODULES = ("errors", "ops", "optim")
 __all__ = [
     "FreezePlan",
     "LeanForms",
+    "PrefixCache",
     "Result",
     "Stage",
     "__version__",
@@ -73,6 +78,7 @@ __all__ = [
     "lean_calls",
     "ops",
     "optim",
+    "plan",
     "predict",
     "resume",
     "saved_bytes",

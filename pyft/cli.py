@@ -1,4 +1,4 @@
-"""The command `pyft`: train, eval, export, predict, resume, doctor, quickstart. Nothing heavy is imported for --help.
+"""The command `pyft`: train, plan, eval, export, predict, resume, doctor, quickstart. --help imports nothing heavy.
 
 Exit codes: 0 done; 1 `doctor` found that the core cannot be built; 2 something is wrong with the command, the data or
 the files (one line on standard error); 130 stopped by Ctrl-C. With PYFT_TRACEBACK=1 errors come with their traceback.
@@ -46,6 +46,22 @@ def train(arguments: argparse.Namespace) -> int:
     """`pyft train MODEL DATA`."""
     from pyft.finetune import finetune
 
+    data, keywords = _job(arguments)
+    print(finetune(arguments.model, data, **keywords))
+    return 0
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """`pyft plan MODEL DATA`."""
+    from pyft.plan import plan as plan_run
+
+    data, keywords = _job(arguments)
+    print(plan_run(arguments.model, data, **keywords))
+    return 0
+
+
+def _job(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Data and keywords of `pyft.finetune`."""
     given = vars(arguments)
     keywords = {option.name: given[option.name] for option in options() if option.name in given}
     if keywords.get("export") == "none":
@@ -57,8 +73,7 @@ def train(arguments: argparse.Namespace) -> int:
         data = {"train": data, **sets}
         if "val" in sets:
             del keywords["val"]
-    print(finetune(arguments.model, data, **keywords))
-    return 0
+    return data, keywords
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
@@ -127,6 +142,7 @@ def quickstart(arguments: argparse.Namespace) -> int:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": train,
+    "plan": plan,
     "eval": evaluate,
     "export": export,
     "predict": predict,

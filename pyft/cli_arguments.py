@@ -174,6 +174,19 @@ def weights(text: str) -> str | list[float] | None:
     return [number(part) for part in text.split(",")]
 
 
+def kept_where(text: str) -> str | bool:
+    """auto, ram, disk, or false.
+
+    >>> kept_where("disk"), kept_where("false")
+    ('disk', False)
+    """
+    if text.lower() in ("auto", "ram", "disk"):
+        return text.lower()
+    if text.lower() in ("false", "no", "off", "none"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected auto, ram, disk or false, got '{text}'")
+
+
 def count_or_share(text: str) -> float | int:
     """A count of steps ("100") or a share of all steps ("0.1").
 
@@ -236,6 +249,8 @@ _TRAINING = [
     Option("label_smoothing", 0.0, number, "X", "share of the target spread over all classes"),
     Option("metric", "auto", str, "NAME", "metric that picks the best epoch"),
     Option("patience", None, or_word(whole, "none"), "N", "stop after N epochs without a better one"),
+    Option("cache_features", "auto", kept_where, "WHERE", "keep what the frozen part gives: auto, ram, disk, false"),
+    Option("augment_views", None, or_word(whole, "none"), "K", "random copies per sample of which that is kept"),
     Option("seed", 0, whole, "N", "seed of everything random"),
     Option("device", "auto", str, "NAME", "cpu, cuda, cuda:1, or auto"),
 ]
@@ -255,12 +270,15 @@ def options() -> Iterable[Option]:
 
 
 def _add_train(commands: Any) -> None:
-    parser = commands.add_parser(
-        "train",
-        help="tune a model on data",
-        description="Tune MODEL on DATA, evaluate it, and export it to ONNX.",
-        usage="%(prog)s MODEL DATA [options]",
-    )
+    _add_job(commands, "train", "tune a model on data", "Tune MODEL on DATA, evaluate it, and export it to ONNX.")
+    _add_job(
+        commands, "plan", "what train would cost",
+        "Say what `pyft train` with the same words would cost in time and memory.",
+    )  # fmt: skip
+
+
+def _add_job(commands: Any, name: str, text: str, description: str) -> None:
+    parser = commands.add_parser(name, help=text, description=description, usage="%(prog)s MODEL DATA [options]")
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
         "data",

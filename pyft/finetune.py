@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from pyft import run_dir
+from pyft.cached_features import Call, FeatureKeeper, NotCachedError, StageFeatures
 from pyft.core.loader import load_core
 from pyft.data.batches import Batches
 from pyft.describe import describe, describe_source, is_description, repeat_commands
@@ -25,17 +26,17 @@ from pyft.evaluation.predict import evaluate_batches
 from pyft.export.onnx import export_onnx, run_metadata
 from pyft.export.parity import Parity, check_parity
 from pyft.freezing.plan import FreezePlan, freeze, make_plan
-from pyft.head_features import Call, compute_features, no_features_reason
 from pyft.job import EVALUATION_BATCH, Job, autocast, given_back_on_error, inspect, model_fingerprint, to_device
 from pyft.models.call import call_model
 from pyft.models.saved import load_state, save_model
+from pyft.plan import tell_prediction
 from pyft.preprocess import spec_of
 from pyft.result import MAIN_METRICS, Result
 from pyft.run_dir import RunDir
 from pyft.training.checkpoint import load_checkpoint
 from pyft.training.history import History
 from pyft.training.layout import channels_last
-from pyft.training.loop import StageSetup, train
+from pyft.training.loop import BatchSource, StageSetup, train
 from pyft.training.progress import Progress, make_progress
 from pyft.training.settings import describe as describe_settings
 from pyft.training.stages import Stage
@@ -73,6 +74,8 @@ def finetune(
     metric: str = "auto",
     patience: int | None = None,
     max_length: int | None = None,
+    cache_features: Literal["auto", "ram", "disk", False] = "auto",
+    augment_views: int | None = None,
     seed: int = 0,
     out: str | os.PathLike[str] = "runs/auto",
     resume: bool | Literal["auto"] = "auto",
@@ -118,6 +121,11 @@ def finetune(
         metric: picks the best epoch; "auto" is macro_f1, or rmse for regression.
         patience: epochs without improvement that end a stage.
         max_length: tokens per text.
+        cache_features: what comes out of the frozen part of the model is computed once per sample and kept in memory,
+            or in files of the run where memory is short ("auto"); in memory ("ram"); in files under PYFT_CACHE_DIR,
+            which later runs on the same samples find again ("disk"); False computes it anew at each step.
+        augment_views: K randomly changed copies of each sample whose features are kept: epoch e takes copy e mod K.
+            None: with random changes, nothing is kept.
         seed: of the split, the order, the new head, augmentation and dropout.
         out: folder of the run, new or empty; a last part "auto" becomes <date>-<time>-<task>.
         resume: "auto" continues an unfinished run in `out`, or starts one; True asks for one; False never continues.
@@ -157,6 +165,9 @@ def finetune(
         result = evaluate_tuned(job, run, history, plan)
         if export is not None:
             export_tuned(job, run, result, show)
+        if (predicted := tell_prediction(config, run.seconds)) is not None:
+            result.notes = (*result.notes, predicted)
+            show.note(predicted)
         finish(run, result)
         show.note("seconds: " + ", ".join(f"{part} {spent:.1f}" for part, spent in run.seconds.items()))
         return result
@@ -268,8 +279,8 @@ def start(job: Job, config: dict[str, Any], unfinished: Path | None) -> RunDir:
 
 def train_stages(job: Job, run: RunDir, show: Progress, *, resumed: bool) -> tuple[History, FreezePlan]:
     """Train all stages. Afterwards the model holds the best weights, nothing is frozen any more, all is verified."""
-    batch_size, seed = job.arguments["batch_size"], job.settings.seed
     plans: dict[str, FreezePlan] = {}
+    keeper = FeatureKeeper(job, run.path, show)
 
     def prepare(stage: Stage) -> StageSetup:
         plan = freeze(job.model, stage.freeze)
@@ -280,18 +291,12 @@ def train_stages(job: Job, run: RunDir, show: Progress, *, resumed: bool) -> tup
             call=call_model,
             finish=lambda: plan.verify(job.model),
         )
-        scored = job.val_batches
-        if trains_head_only(job, plan):
-            reason = no_features_reason(job)
-            if reason is None:
-                with timed(run.seconds, "features"):
-                    features = compute_features(job)
-                setup.call = features.call
-                setup.batches = Batches(features.train, None, batch_size, seed=seed)
-                if features.val is not None:
-                    scored = Batches(features.val, None, EVALUATION_BATCH, shuffle=False)
-            else:
-                show.note(f"stage '{stage.name}': every epoch runs the whole model, because {reason}")
+        scored: BatchSource | None = job.val_batches
+        features = open_features(job, run, keeper, plan, stage, show)
+        if features is not None:
+            setup.call, setup.batches = features.call, features.batches("train", job.batches)
+            if job.val_batches is not None:
+                scored = features.batches("val", job.val_batches)
         if scored is not None:
             setup.evaluate = stage_evaluation(job, setup.call, scored)
         return setup
@@ -305,6 +310,7 @@ def train_stages(job: Job, run: RunDir, show: Progress, *, resumed: bool) -> tup
                 resume_from=last if resumed and last.exists() else None, resume_hint=resume_hint(job, run),
             )  # fmt: skip
     finally:
+        keeper.close()
         for plan in plans.values():
             plan.release(job.model)
     kept = job.stages[-1] if history.best_row is None else named_stage(job, history.best_row["stage"])
@@ -324,12 +330,26 @@ def nothing_trained(run: RunDir) -> bool:
     return not last.exists() or load_checkpoint(last)["position"]["step"] == 0
 
 
-def trains_head_only(job: Job, plan: FreezePlan) -> bool:
-    """Whether all that trains is inside the head."""
-    return job.head.name is not None and all(name.startswith(f"{job.head.name}.") for name in plan.trainable)
+def open_features(
+    job: Job, run: RunDir, keeper: FeatureKeeper, plan: FreezePlan, stage: Stage, show: Progress
+) -> StageFeatures | None:
+    """The features of the frozen part, computed; None where the whole model runs in every epoch, with a note."""
+    seconds = dict(run.seconds)
+    try:
+        with timed(seconds, "features"):
+            features = keeper.open(plan)
+            features.fill()
+    except NotCachedError as reason:
+        if plan.frozen:
+            show.note(f"stage '{stage.name}': every epoch runs the whole model, because {reason}")
+        return None
+    run.seconds.update(seconds)
+    for line in features.lines():
+        show.note(f"stage '{stage.name}': {line}")
+    return features
 
 
-def stage_evaluation(job: Job, call: Call, batches: Batches) -> Callable[[], dict[str, float]]:
+def stage_evaluation(job: Job, call: Call, batches: BatchSource) -> Callable[[], dict[str, float]]:
     """What the loop calls after each epoch."""
 
     def evaluate() -> dict[str, float]:
@@ -340,7 +360,7 @@ def stage_evaluation(job: Job, call: Call, batches: Batches) -> Callable[[], dic
     return evaluate
 
 
-def score(job: Job, call: Call, batches: Batches) -> Metrics:
+def score(job: Job, call: Call, batches: BatchSource) -> Metrics:
     """Metrics of the model as it is."""
     return evaluate_batches(
         lambda inputs: call(job.model, to_device(inputs, job.device)),

@@ -101,6 +101,7 @@ def inspect(arguments: Mapping[str, Any]) -> Job:
     arguments = dict(arguments)
     device = choose_device(arguments["device"])
     check_export(arguments["export"])
+    check_cache(arguments["cache_features"], arguments["augment_views"])
     data = load_data(
         arguments["data"],
         task=arguments["task"],
@@ -187,6 +188,15 @@ def check_export(export: Any) -> None:
         raise ConfigError(f"export={export!r}: expected 'onnx', or None for no export")
     for module in ("onnx", "onnxscript", "onnxruntime"):
         need(module, "onnx", "export='onnx' (export=None does without)")
+
+
+def check_cache(cache_features: Any, augment_views: Any) -> None:
+    """Refuse what is no way to keep features."""
+    if cache_features not in ("auto", "ram", "disk") and cache_features is not False:
+        raise ConfigError(f"cache_features={cache_features!r}: expected 'auto', 'ram', 'disk' or False")
+    number = isinstance(augment_views, int) and not isinstance(augment_views, bool) and augment_views >= 1
+    if augment_views is not None and not number:
+        raise ConfigError(f"augment_views={augment_views!r}: expected a whole number of 1 or more, or None")
 
 
 def check_patience(settings: Settings, data: Data) -> None:

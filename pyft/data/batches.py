@@ -85,11 +85,17 @@ class Batches:
     def __len__(self) -> int:
         return len(self._sizes)
 
-    def index(self, epoch: int) -> list[np.ndarray]:
-        """The sample numbers of each batch of an epoch: list of int64 (B,)."""
+    @property
+    def source(self) -> Inputs:
+        """Where the inputs come from."""
+        return self._inputs
+
+    def index(self, epoch: int, *, bucket: bool = True) -> list[np.ndarray]:
+        """The sample numbers of each batch of an epoch: list of int64 (B,). `bucket=False`: whatever their lengths."""
+        lengths = self._lengths if bucket else None
         if self.shuffle:
-            return shuffled_batches(len(self.samples), self._sizes, self._lengths, self.seed, epoch)
-        return fixed_batches(len(self.samples), self._sizes, self._lengths)
+            return shuffled_batches(len(self.samples), self._sizes, lengths, self.seed, epoch)
+        return fixed_batches(len(self.samples), self._sizes, lengths)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from batch `start` on, without the work of those before it.
@@ -100,9 +106,10 @@ class Batches:
         """
         if not 0 <= start <= self.num_batches:
             raise ConfigError(f"start={start}: expected 0 to {counted(self.num_batches, 'batch', 'batches')}")
-        return self._epoch(epoch, self.index(epoch)[start:])
+        return self.make(self.index(epoch)[start:], epoch)
 
-    def _epoch(self, epoch: int, batches: list[np.ndarray]) -> Iterator[Batch]:
+    def make(self, batches: list[np.ndarray], epoch: int) -> Iterator[Batch]:
+        """Batches of these samples, list of int64 (B,), as they come out in an epoch."""
         ahead = getattr(self._inputs, "ahead", None)
         try:
             for place, index in enumerate(batches):

@@ -61,6 +61,24 @@ def _add_inputs(digest: Any, inputs: Any) -> None:
             digest.update(picture.tobytes())
 
 
+def raw_digests(pictures: Sequence[Any]) -> list[bytes]:
+    """What tells each picture from others: size and SHA-256 of a file, or the pixels.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    if isinstance(pictures, LazyInputs | Subset):
+        return _lazy_digests(pictures)
+    places = [number for number, picture in enumerate(pictures) if isinstance(picture, Path)]
+    found = dict(zip(places, file_digests([pictures[number] for number in places]), strict=True))
+    return [
+        found[number].encode()
+        if number in found
+        else hashlib.sha256(json.dumps([picture.mode, picture.size]).encode() + picture.tobytes()).digest()
+        for number, picture in enumerate(pictures)
+    ]
+
+
 def _add_tensor(digest: Any, tensor: torch.Tensor) -> None:
     digest.update(json.dumps([str(tensor.dtype), list(tensor.shape)]).encode())
     rows = tensor.detach().cpu().contiguous().view(-1)

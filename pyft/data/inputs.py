@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,7 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from pyft.core.memory import free_memory
 from pyft.data.arrays import as_tensor
+from pyft.data.fingerprint import raw_digests
 from pyft.data.images import ImagePreprocess, read_image, to_rgb
 from pyft.data.randomness import global_generators_kept, seed_global_generators
 from pyft.data.raw import counted
@@ -20,24 +25,6 @@ from pyft.errors import DataError
 
 CACHE_SHARE = 4
 """Decoded images are kept while they take at most one part in this many of the free memory."""
-
-
-def free_memory() -> int:
-    """Bytes that may still be allocated: of the machine, or of the container if that is less."""
-    limits = [int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemAvailable:")]
-    limit, used = (" ".join(_lines(f"/sys/fs/cgroup/memory.{name}")) for name in ("max", "current"))
-    if limit.isdigit() and used.isdigit():
-        limits.append(int(limit) - int(used))
-    if not limits and hasattr(os, "sysconf"):
-        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
-    return max(min(limits, default=1 << 30), 0)
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
 
 
 class TensorInputs:
@@ -52,6 +39,11 @@ class TensorInputs:
         """(B, ...) float32 or int64."""
         return self.values.index_select(0, torch.from_numpy(index))
 
+    def digests(self) -> list[bytes]:
+        """SHA-256 of each sample."""
+        rows = self.values.flatten(1).numpy() if self.values.ndim > 1 else self.values.numpy()
+        return [hashlib.sha256(row.tobytes()).digest() for row in rows]
+
 
 class TokenInputs:
     """Texts, tokenised once."""
@@ -64,6 +56,19 @@ class TokenInputs:
     def fetch(self, index: np.ndarray, epoch: int) -> dict[str, torch.Tensor]:
         """`input_ids` and `attention_mask`, (B, T) int64."""
         return gather_tokens(self.flat, self.offsets, index, self.pad_id)
+
+    def digests(self) -> list[bytes]:
+        """SHA-256 of the token numbers of each text."""
+        ends = zip(self.offsets[:-1].tolist(), self.offsets[1:].tolist(), strict=True)
+        return [hashlib.sha256(self.flat[start:end].tobytes()).digest() for start, end in ends]
+
+    def join(self, other: TokenInputs) -> TokenInputs:
+        """These texts and then those of `other`, which has the same preprocessing."""
+        both = copy.copy(self)
+        both.flat = np.concatenate([self.flat, other.flat])
+        both.offsets = np.concatenate([self.offsets, self.offsets[-1] + other.offsets[1:]])
+        both.lengths = np.diff(both.offsets)
+        return both
 
 
 class EncodedInputs:
@@ -79,6 +84,17 @@ class EncodedInputs:
     def fetch(self, index: np.ndarray, epoch: int) -> Any:
         """What `collate` makes of the rows."""
         return self.collate([self.rows[number] for number in index])
+
+    def digests(self) -> list[bytes]:
+        """SHA-256 of the encoding of each text."""
+        return [hashlib.sha256(np.ascontiguousarray(row).tobytes()).digest() for row in self.rows]
+
+    def join(self, other: EncodedInputs) -> EncodedInputs:
+        """These texts and then those of `other`, which has the same preprocessing."""
+        both = copy.copy(self)
+        both.rows = [*self.rows, *other.rows]
+        both.lengths = np.array([len(row) for row in both.rows], dtype=np.int64)
+        return both
 
 
 class Decoder:
@@ -146,6 +162,11 @@ class ImageInputs:
     def stop(self) -> None:
         """End the threads."""
         self.decoder.stop()
+
+    def digests(self) -> list[bytes]:
+        """SHA-256 of each file, or of the picture, and of what is done to it."""
+        spec = json.dumps(self.preprocess.spec(), sort_keys=True).encode()
+        return [hashlib.sha256(spec + one).digest() for one in raw_digests(self.decoder.items)]
 
 
 class PictureStore:
@@ -218,6 +239,42 @@ class CalledInputs:
         """End the threads."""
         if isinstance(self.items, PictureStore):
             self.items.decoder.stop()
+
+    def digests(self) -> list[bytes]:
+        """SHA-256 of what is made of each sample in epoch 0: what a function does shows in nothing else."""
+        count = len(self.items.decoder.items) if isinstance(self.items, PictureStore) else len(self.items)
+        rows = (self.fetch(np.array([number]), 0) for number in range(count))
+        return [hashlib.sha256(f"{row.dtype} {row.shape}".encode() + row.numpy().tobytes()).digest() for row in rows]
+
+
+class PairedInputs:
+    """The samples of one source and then those of another."""
+
+    def __init__(self, first: Any, second: Any, count: int) -> None:
+        self.first, self.second, self.count = first, second, count
+        self.lengths: np.ndarray | None = None
+
+    def fetch(self, index: np.ndarray, epoch: int) -> torch.Tensor:
+        """(B, ...) float32 or int64."""
+        late = index >= self.count
+        parts = [
+            source.fetch(numbers, epoch)
+            for source, numbers in ((self.first, index[~late]), (self.second, index[late] - self.count))
+            if len(numbers)
+        ]
+        back = np.argsort(np.argsort(late, kind="stable"), kind="stable")
+        return torch.cat(parts).index_select(0, torch.from_numpy(back))
+
+    def digests(self) -> list[bytes]:
+        """SHA-256 of each sample."""
+        return [*self.first.digests(), *self.second.digests()]
+
+
+def join_inputs(first: Any, second: Any, count: int) -> Any:
+    """The samples of `first`, of which there are `count`, and then those of `second`."""
+    if type(first) is type(second) and hasattr(first, "join"):
+        return first.join(second)
+    return PairedInputs(first, second, count)
 
 
 def _row(value: Any, number: int) -> torch.Tensor:

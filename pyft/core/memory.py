@@ -1,0 +1,24 @@
+"""How much memory may still be used."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def free_memory() -> int:
+    """Bytes that may still be allocated: of the machine, or of the container if that is less."""
+    limits = [int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemAvailable:")]
+    limit, used = (" ".join(_lines(f"/sys/fs/cgroup/memory.{name}")) for name in ("max", "current"))
+    if limit.isdigit() and used.isdigit():
+        limits.append(int(limit) - int(used))
+    if not limits and hasattr(os, "sysconf"):
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+    return max(min(limits, default=1 << 30), 0)
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
