@@ -26,8 +26,12 @@ if TYPE_CHECKING:
     from pyft.export.onnx import export_onnx as export_onnx
     from pyft.finetune import finetune as finetune
     from pyft.finetune import resume as resume
+    from pyft.freezing.delta import apply_delta as apply_delta
+    from pyft.freezing.delta import save_delta as save_delta
+    from pyft.freezing.partial import train_only as train_only
     from pyft.freezing.plan import FreezePlan as FreezePlan
     from pyft.freezing.plan import freeze as freeze
+    from pyft.freezing.select_rows import Rows as Rows
     from pyft.result import Result as Result
     from pyft.training.stages import Stage as Stage
 
@@ -35,7 +39,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "FreezePlan": "pyft.freezing.plan",
     "Result": "pyft.result",
+    "Rows": "pyft.freezing.select_rows",
     "Stage": "pyft.training.stages",
+    "apply_delta": "pyft.freezing.delta",
     "doctor": "pyft.core.doctor",
     "errors": "pyft.errors",
     "evaluate": "pyft.evaluate",
@@ -46,14 +52,18 @@ _HOMES = {
     "optim": "pyft.optim",
     "predict": "pyft.evaluate",
     "resume": "pyft.finetune",
+    "save_delta": "pyft.freezing.delta",
+    "train_only": "pyft.freezing.partial",
 }
 _MODULES = ("errors", "ops", "optim")
 
 __all__ = [
     "FreezePlan",
     "Result",
+    "Rows",
     "Stage",
     "__version__",
+    "apply_delta",
     "doctor",
     "errors",
     "evaluate",
@@ -64,6 +74,8 @@ __all__ = [
     "optim",
     "predict",
     "resume",
+    "save_delta",
+    "train_only",
 ]
 
 
