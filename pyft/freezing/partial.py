@@ -75,9 +75,9 @@ def train_only(
     parts = {key: Chosen(entries) for key, entries in attached(model).items()}
     frozen = {key for key, p in named.items() if not p.requires_grad} | rest
     for key in weights:
-        entries = make_entries(
-            named[key].shape, rows=rows, columns=columns, blocks=blocks, block_size=block_size, name=f"'{key}'"
-        )
+        # Of a layer, the bias has rows only; a bias that is named itself is told so.
+        across = {} if key != name and key.endswith("bias") else {"columns": columns, "blocks": blocks}
+        entries = make_entries(named[key].shape, rows=rows, **across, block_size=block_size, name=f"'{key}'")
         parts[first[id(named[key])]] = Chosen(entries)
     partly = {key for key, parameter in named.items() if first[id(parameter)] in parts}
     modules = {key for key, module in model.named_modules() if kept(module) and not list(module.parameters())}
