@@ -24,7 +24,7 @@ from pyft.evaluation.pictures import can_draw, draw_confusion, draw_curves
 from pyft.evaluation.predict import evaluate_batches
 from pyft.export.onnx import export_onnx, run_metadata
 from pyft.export.parity import Parity, check_parity
-from pyft.freezing.plan import FreezePlan, freeze, make_plan
+from pyft.freezing.plan import FreezePlan, make_plan
 from pyft.head_features import Call, compute_features, no_features_reason
 from pyft.job import EVALUATION_BATCH, Job, autocast, given_back_on_error, inspect, model_fingerprint, to_device
 from pyft.models.call import call_model
@@ -32,6 +32,7 @@ from pyft.models.saved import load_state, save_model
 from pyft.preprocess import spec_of
 from pyft.result import MAIN_METRICS, Result
 from pyft.run_dir import RunDir
+from pyft.stage_rows import freeze_for
 from pyft.training.checkpoint import load_checkpoint
 from pyft.training.history import History
 from pyft.training.layout import channels_last
@@ -103,7 +104,8 @@ def finetune(
         head: "auto", the name of the layer that gives the outputs, or None to use the model's outputs as they are.
         strategy: "head" trains the head only, "full" everything, "gradual" the head for a third of the epochs and then
             everything; or a list of `pyft.Stage`.
-        freeze: what stays frozen, as `pyft.freeze` takes it.
+        freeze: what stays frozen, as `pyft.freeze` takes it; with {glob: pyft.Rows(...)} weights train in part, their
+            rows chosen on the first training batches when a stage begins.
         preprocess: a function of one raw sample (PIL image or array) that gives a Tensor, or an object with a `spec()`
             such as `pyft.data.images.ImagePreprocess`. Only the latter is kept with the model.
         epochs: passes over the training data, over all stages.
@@ -272,7 +274,7 @@ def train_stages(job: Job, run: RunDir, show: Progress, *, resumed: bool) -> tup
     plans: dict[str, FreezePlan] = {}
 
     def prepare(stage: Stage) -> StageSetup:
-        plan = freeze(job.model, stage.freeze)
+        plan = freeze_for(job, stage, run.path)
         plans[stage.name] = plan
         setup = StageSetup(
             trainable=[(name, value) for name, value in job.model.named_parameters() if value.requires_grad],
@@ -310,7 +312,7 @@ def train_stages(job: Job, run: RunDir, show: Progress, *, resumed: bool) -> tup
     kept = job.stages[-1] if history.best_row is None else named_stage(job, history.best_row["stage"])
     run.seconds["train"] = sum(stage["seconds"]["train"] for stage in history.stages)
     run.seconds["validate"] = sum(stage["seconds"]["evaluate"] for stage in history.stages)
-    return history, plans.get(kept.name) or make_plan(job.model, kept.freeze)
+    return history, plans.get(kept.name) or make_plan(job.model, kept.freeze, draft=True)
 
 
 def named_stage(job: Job, name: str) -> Stage:

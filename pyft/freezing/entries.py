@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ class Entries:
         columns: (c,) int64 on the CPU; None is every column.
         blocks: (k, 2) int64 on the CPU, places (row, column) in a grid of blocks; None where there are no blocks.
         block_size: rows and columns of a block.
+        run: the first row, where the entries are whole rows side by side, and so a view of the weight; else None.
     """
 
     shape: tuple[int, ...]
@@ -31,6 +32,13 @@ class Entries:
     columns: Tensor | None = None
     blocks: Tensor | None = None
     block_size: tuple[int, int] = (1, 1)
+    run: int | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if self.rows is None or self.columns is not None or self.blocks is not None or not len(self.rows):
+            return
+        first, last = int(self.rows[0]), int(self.rows[-1])
+        object.__setattr__(self, "run", first if last - first + 1 == len(self.rows) else None)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Entries) or (self.shape, self.block_size) != (other.shape, other.block_size):
@@ -54,14 +62,6 @@ class Entries:
     def count(self) -> int:
         """Entries in all."""
         return torch.Size(self.part_shape).numel()
-
-    @property
-    def run(self) -> int | None:
-        """The first row, where the entries are whole rows side by side, and so a view of the weight; else None."""
-        if self.rows is None or self.columns is not None or self.blocks is not None:
-            return None
-        first, last = int(self.rows[0]), int(self.rows[-1])
-        return first if last - first + 1 == len(self.rows) else None
 
     def take(self, full: Tensor) -> Tensor:
         """The entries of `full`, compact; a copy."""

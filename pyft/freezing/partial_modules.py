@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyft.freezing.backward_index import conv_index, kept_blocks, kept_columns, token_places
+from pyft.freezing.backward_index import conv_index, kept_blocks, token_places
 from pyft.freezing.entries import Entries
 from pyft.freezing.parts import PARTS, SUFFIX, Part, refresh_layer, stamp
 from pyft.ops.partial import partial_embedding, partial_linear
 from pyft.ops.partial_conv import partial_conv
 
 SAME_ROWS = "_pyft_same_rows"
-CONV_INDEX = "_pyft_conv_index"
+INDEX = "_pyft_index"
 
 
 class Partial:
@@ -60,6 +60,13 @@ class Partial:
         learns = part is not None and torch.is_grad_enabled() and part.requires_grad
         return part if learns and not torch.compiler.is_exporting() else None
 
+    def _index(self, key: str, device: torch.device) -> Any:
+        """An index tensor of the weight's part on `device`."""
+        found = self.__dict__[INDEX][key]
+        if found is not None and found.device != device:
+            found = self.__dict__[INDEX][key] = found.to(device)
+        return found
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for name in self.__dict__[PARTS]:
             self._whole(name)
@@ -98,11 +105,13 @@ class _without_parts:  # noqa: N801 (used as a function)
         self.layer = layer
 
     def __enter__(self) -> None:
-        names = [name + SUFFIX for name in self.layer.__dict__[PARTS]]
-        self.parts = {name: self.layer._parameters.pop(name) for name in names}
+        self.records = self.layer.__dict__[PARTS]
+        self.parts = {name + SUFFIX: self.layer._parameters.pop(name + SUFFIX) for name in self.records}
+        self.layer.__dict__[PARTS] = {}
 
     def __exit__(self, *error: object) -> None:
         self.layer._parameters.update(self.parts)
+        self.layer.__dict__[PARTS] = self.records
 
 
 def _bias(layer: Any) -> tuple[Any, Any]:
@@ -121,9 +130,7 @@ class PartialLinear(Partial, nn.Linear):
         weight_part = self._learning("weight")
         if weight_part is None:
             return F.linear(input, self._values("weight"), self._composed("bias"))
-        part, device = self.__dict__[PARTS]["weight"], input.device
-        entries = part.entries
-        start = entries.run
+        device = input.device
         bias, bias_part = _bias(self)
         return partial_linear(
             input,
@@ -131,11 +138,11 @@ class PartialLinear(Partial, nn.Linear):
             bias,
             weight_part,
             bias_part,
-            rows=part.index("rows", lambda: entries.rows, device) if start is None else None,
-            row_start=-1 if start is None else start,
-            columns=part.index("columns", lambda: kept_columns(entries), device),
-            blocks=part.index("blocks", lambda: kept_blocks(entries), device),
-            block_size=entries.block_size,
+            rows=self._index("rows", device),
+            row_start=self.__dict__[INDEX]["row_start"],
+            columns=self._index("channels", device),
+            blocks=self._index("blocks", device),
+            block_size=self.__dict__[INDEX]["block_size"],
         )
 
 
@@ -156,8 +163,7 @@ class PartialConv(Partial):
             padding = (0,) * dims
         padding = (0,) * dims if padding == "valid" else padding
         lone = input.ndim == dims + 1
-        part, device = self.__dict__[PARTS]["weight"], input.device
-        entries, chosen = part.entries, self.__dict__[CONV_INDEX]
+        device = input.device
         bias, bias_part = _bias(self)
         output = partial_conv(
             input.unsqueeze(0) if lone else input,
@@ -165,13 +171,13 @@ class PartialConv(Partial):
             bias,
             weight_part,
             bias_part,
-            rows=part.index("rows", lambda: chosen.rows, device),
-            row_start=chosen.row_start,
-            channels=part.index("channels", lambda: chosen.channels, device),
-            real=part.index("real", lambda: chosen.real, device),
-            part_groups=chosen.groups,
-            blocks=part.index("blocks", lambda: kept_blocks(entries), device),
-            block_size=entries.block_size,
+            rows=self._index("rows", device),
+            row_start=self.__dict__[INDEX]["row_start"],
+            channels=self._index("channels", device),
+            real=self._index("real", device),
+            part_groups=self.__dict__[INDEX]["groups"],
+            blocks=self._index("blocks", device),
+            block_size=self.__dict__[INDEX]["block_size"],
             stride=layer.stride,
             padding=padding,
             dilation=layer.dilation,
@@ -200,11 +206,7 @@ class PartialEmbedding(Partial, nn.Embedding):
         weight_part = self._learning("weight")
         if weight_part is None:
             return F.embedding(input, self._values("weight"), self.padding_idx)
-        part = self.__dict__[PARTS]["weight"]
-        entries = part.entries
-        key = f"places {self.padding_idx}"  # tied embeddings may differ in it
-        places = part.index(key, lambda: token_places(entries, self.padding_idx), input.device)
-        columns = part.index("columns", lambda: entries.columns, input.device)
+        places, columns = self._index("places", input.device), self._index("channels", input.device)
         return partial_embedding(self._values("weight"), input, weight_part, places, columns, self.scale_grad_by_freq)
 
 
@@ -344,7 +346,7 @@ def detach(module: nn.Module, key: str) -> None:
     if module.__dict__[PARTS]:
         _note_indices(module)
         return
-    for name in (PARTS, SAME_ROWS, CONV_INDEX):
+    for name in (PARTS, SAME_ROWS, INDEX):
         module.__dict__.pop(name, None)
     module.__class__ = PLAIN[type(module)]
 
@@ -355,9 +357,14 @@ def _note_indices(module: nn.Module) -> None:
     weight, bias = parts.get("weight"), parts.get("bias")
     rows = None if weight is None or weight.entries.blocks is not None else weight.entries.rows
     module.__dict__[SAME_ROWS] = rows is not None and bias is not None and torch.equal(rows, bias.entries.rows)
-    module.__dict__.pop(CONV_INDEX, None)
-    if weight is not None and isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        module.__dict__[CONV_INDEX] = conv_index(weight.entries, module.groups)
+    module.__dict__.pop(INDEX, None)
+    if weight is not None:
+        entries = weight.entries
+        padding_idx = module.padding_idx if isinstance(module, nn.Embedding) else None
+        places = token_places(entries, padding_idx) if isinstance(module, nn.Embedding) else None
+        index = vars(conv_index(entries, getattr(module, "groups", 1)))
+        blocks = kept_blocks(entries)
+        module.__dict__[INDEX] = {**index, "blocks": blocks, "block_size": entries.block_size, "places": places}
 
 
 def _is_dense(values: Tensor) -> bool:

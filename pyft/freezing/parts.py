@@ -8,16 +8,30 @@ changed: before each forward pass, state_dict, and reading of `layer.weight`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pyft.freezing.entries import Entries
 
 PARTS = "_pyft_parts"
 SUFFIX = "_part"
+
+
+class _Steps:
+    """Counts the steps of all optimizers: torch's fused ones write without raising the version of what they write."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, *step: object) -> None:
+        self.count += 1
+
+
+_STEPS = _Steps()
+register_optimizer_step_post_hook(_STEPS)
 
 
 class Part:
@@ -35,17 +49,7 @@ class Part:
         self.entries = entries
         self.view = False
         self.seen: tuple[Any, ...] | None = None
-        self._on_device: dict[tuple[str, torch.device], Tensor] = {}
-
-    def index(self, key: str, make: Callable[[], Tensor | None], device: torch.device) -> Tensor | None:
-        """An index tensor on `device`, made at its first use there."""
-        found = self._on_device.get((key, device))
-        if found is None:
-            made = make()
-            if made is None:
-                return None
-            found = self._on_device[key, device] = made.to(device)
-        return found
+        self.steps = -1
 
     def shares(self, full: Tensor, part: Tensor) -> bool:
         """Whether the part lies in the weight's memory now. `.data` may have moved either."""
@@ -63,13 +67,17 @@ class Part:
         """
         if self.shares(full, part):
             return
-        now = stamp(full, part)
-        if now == self.seen:
+        now, stepped = stamp(full, part), self.steps != _STEPS.count
+        if now == self.seen and not stepped:
             return
-        if self.seen is None or now[:3] != self.seen[:3]:
+        self.steps = _STEPS.count
+        moved = self.seen is None or now[:3] != self.seen[:3]
+        if self.seen is not None and now[:5] == self.seen[:5] and stepped:
+            moved = not torch.equal(self.entries.take(full.detach()), part.detach())
+        if moved:
             self.entries.write_(full, part)
             self.seen = stamp(full, part)
-        elif now[3:5] != self.seen[3:5]:
+        elif self.seen is not None and now[3:5] != self.seen[3:5]:
             self.refresh(full, part)
         else:
             self.seen = now  # the same values in another place
@@ -116,6 +124,15 @@ def attached(model: nn.Module) -> dict[str, Entries]:
         for key, part in layer.__dict__[PARTS].items()
     }
     return {name: found[id(weight)] for name, weight in named_weights(model) if id(weight) in found}
+
+
+def whole_names(model: nn.Module) -> dict[str, str]:
+    """By the name of each part, the name of its weight; tied ones under all their names."""
+    return {
+        f"{prefix}.{key}{SUFFIX}" if prefix else f"{key}{SUFFIX}": f"{prefix}.{key}" if prefix else key
+        for prefix, layer in model.named_modules(remove_duplicate=False)
+        for key in layer.__dict__.get(PARTS, ())
+    }
 
 
 def owners(model: nn.Module, parameter: nn.Parameter) -> list[tuple[nn.Module, str]]:

@@ -205,8 +205,10 @@ class FreezePlan:
             ConfigError: with the first name.
         """
         names = {name for name, _ in named_weights(unwrap(model), remove_duplicate=False)}
+        # Of a shared tensor that trains, the plan holds the first name only.
+        first = [name for name, _ in named_weights(unwrap(model))]
         planned = self.names | set(self.trainable)
-        for name in [*self.frozen, *self.trainable, *sorted(names)]:
+        for name in [*self.frozen, *self.trainable, *sorted(first)]:
             if name not in names or name not in planned:
                 where = "the model" if name not in names else "the plan"
                 raise ConfigError(f"freeze: the plan was made for another model: {where} has no parameter '{name}'")
