@@ -26,13 +26,17 @@ if TYPE_CHECKING:
     from pyft.export.onnx import export_onnx as export_onnx
     from pyft.finetune import finetune as finetune
     from pyft.finetune import resume as resume
+    from pyft.freezing.delta import apply_delta as apply_delta
+    from pyft.freezing.delta import save_delta as save_delta
     from pyft.freezing.lean.calls import lean_calls as lean_calls
     from pyft.freezing.lean.swap import LeanForms as LeanForms
     from pyft.freezing.lean.swap import lean as lean
+    from pyft.freezing.partial import train_only as train_only
     from pyft.freezing.plan import FreezePlan as FreezePlan
     from pyft.freezing.plan import freeze as freeze
     from pyft.freezing.prefix_cache import PrefixCache as PrefixCache
     from pyft.freezing.saved_bytes import saved_bytes as saved_bytes
+    from pyft.freezing.select_rows import Rows as Rows
     from pyft.plan import plan as plan
     from pyft.result import Result as Result
     from pyft.training.stages import Stage as Stage
@@ -43,7 +47,9 @@ _HOMES = {
     "LeanForms": "pyft.freezing.lean.swap",
     "PrefixCache": "pyft.freezing.prefix_cache",
     "Result": "pyft.result",
+    "Rows": "pyft.freezing.select_rows",
     "Stage": "pyft.training.stages",
+    "apply_delta": "pyft.freezing.delta",
     "doctor": "pyft.core.doctor",
     "errors": "pyft.errors",
     "evaluate": "pyft.evaluate",
@@ -58,6 +64,8 @@ _HOMES = {
     "predict": "pyft.evaluate",
     "resume": "pyft.finetune",
     "saved_bytes": "pyft.freezing.saved_bytes",
+    "save_delta": "pyft.freezing.delta",
+    "train_only": "pyft.freezing.partial",
 }
 _MODULES = ("errors", "ops", "optim")
 
@@ -66,8 +74,10 @@ __all__ = [
     "LeanForms",
     "PrefixCache",
     "Result",
+    "Rows",
     "Stage",
     "__version__",
+    "apply_delta",
     "doctor",
     "errors",
     "evaluate",
@@ -81,7 +91,9 @@ __all__ = [
     "plan",
     "predict",
     "resume",
+    "save_delta",
     "saved_bytes",
+    "train_only",
 ]
 
 

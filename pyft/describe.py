@@ -20,7 +20,8 @@ def describe(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return str(Path(value).resolve())
     if isinstance(value, Mapping):
-        return {str(key): describe(part) for key, part in value.items()}
+        named = ((key if isinstance(key, str) else f"<{_name_of(key)}>", part) for key, part in value.items())
+        return {key: describe(part) for key, part in named}
     if is_dataclass(value) and not isinstance(value, type) and len(fields(value)) <= SMALL_DATACLASS:
         return {item.name: describe(getattr(value, item.name)) for item in fields(value)}
     if hasattr(value, "tolist") and 0 <= getattr(value, "ndim", -1) <= 1 and len(value.reshape(-1)) <= 1000:

@@ -25,7 +25,7 @@ from pyft.evaluation.pictures import can_draw, draw_confusion, draw_curves
 from pyft.evaluation.predict import evaluate_batches
 from pyft.export.onnx import export_onnx, run_metadata
 from pyft.export.parity import Parity, check_parity
-from pyft.freezing.plan import FreezePlan, freeze, make_plan
+from pyft.freezing.plan import FreezePlan, make_plan
 from pyft.job import EVALUATION_BATCH, Job, autocast, given_back_on_error, inspect, model_fingerprint, to_device
 from pyft.models.call import call_model
 from pyft.models.saved import load_state, save_model
@@ -33,6 +33,7 @@ from pyft.plan import tell_prediction
 from pyft.preprocess import spec_of
 from pyft.result import MAIN_METRICS, Result
 from pyft.run_dir import RunDir
+from pyft.stage_rows import freeze_for
 from pyft.training.checkpoint import load_checkpoint
 from pyft.training.history import History
 from pyft.training.layout import channels_last
@@ -106,7 +107,8 @@ def finetune(
         head: "auto", the name of the layer that gives the outputs, or None to use the model's outputs as they are.
         strategy: "head" trains the head only, "full" everything, "gradual" the head for a third of the epochs and then
             everything; or a list of `pyft.Stage`.
-        freeze: what stays frozen, as `pyft.freeze` takes it.
+        freeze: what stays frozen, as `pyft.freeze` takes it; with {glob: pyft.Rows(...)} weights train in part, their
+            rows chosen on the first training batches when a stage begins.
         preprocess: a function of one raw sample (PIL image or array) that gives a Tensor, or an object with a `spec()`
             such as `pyft.data.images.ImagePreprocess`. Only the latter is kept with the model.
         epochs: passes over the training data, over all stages.
@@ -283,7 +285,7 @@ def train_stages(job: Job, run: RunDir, show: Progress, *, resumed: bool) -> tup
     keeper = FeatureKeeper(job, run.path, show)
 
     def prepare(stage: Stage) -> StageSetup:
-        plan = freeze(job.model, stage.freeze)
+        plan = freeze_for(job, stage, run.path)
         plans[stage.name] = plan
         setup = StageSetup(
             trainable=[(name, value) for name, value in job.model.named_parameters() if value.requires_grad],
@@ -316,7 +318,7 @@ def train_stages(job: Job, run: RunDir, show: Progress, *, resumed: bool) -> tup
     kept = job.stages[-1] if history.best_row is None else named_stage(job, history.best_row["stage"])
     run.seconds["train"] = sum(stage["seconds"]["train"] for stage in history.stages)
     run.seconds["validate"] = sum(stage["seconds"]["evaluate"] for stage in history.stages)
-    return history, plans.get(kept.name) or make_plan(job.model, kept.freeze)
+    return history, plans.get(kept.name) or make_plan(job.model, kept.freeze, draft=True)
 
 
 def named_stage(job: Job, name: str) -> Stage:
@@ -372,8 +374,8 @@ def score(job: Job, call: Call, batches: BatchSource) -> Metrics:
 
 def resume_hint(job: Job, run: RunDir) -> str:
     """How the user continues the run."""
-    known = [describe_source(job.arguments["model"]), describe_source(job.arguments["data"])]
-    if any(is_description(value) for value in (*known, describe(job.arguments))):
+    given = [describe_source(job.arguments[name]) for name in ("model", "data")]
+    if any(map(is_description, [*given, describe(job.arguments)])):
         return f"make the same call with out={str(run.path)!r}"
     return f"pyft resume {run.path}"
 

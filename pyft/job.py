@@ -136,7 +136,9 @@ def inspect(arguments: Mapping[str, Any]) -> Job:
         check_outputs(logits, data.problem, num_outputs, example)
         check_example_loss(objective, logits, example, device)
         check_metric(settings, data, logits, example)
-        make_plan(loaded.module, arguments["freeze"])  # a name without a match is told, whatever the strategy
+        make_plan(
+            loaded.module, arguments["freeze"], draft=True
+        )  # a name without a match is told, whatever the strategy
         stages = choose_stages(arguments, head, notes)
         plans = try_plans(loaded.module, stages)
         kept = plans[stages[-1].name].eval_modules
@@ -360,7 +362,7 @@ def try_plans(model: nn.Module, stages: list[Stage]) -> dict[str, FreezePlan]:
     """
     plans = {}
     for stage in stages:
-        plan = make_plan(model, stage.freeze)
+        plan = make_plan(model, stage.freeze, draft=True)
         if not plan.num_trainable:
             raise ConfigError(
                 f"freeze={stage.freeze!r}: all parameters are frozen in stage '{stage.name}', so nothing can train; "

@@ -22,11 +22,11 @@ from pyft.core.files import write_json
 from pyft.core.loader import load_core
 from pyft.core.memory import free_memory
 from pyft.errors import ConfigError
-from pyft.freezing.plan import freeze
 from pyft.job import Job, autocast, given_back_on_error, inspect, to_device
 from pyft.models.call import call_model
 from pyft.run_dir import FREE_ARGUMENTS
 from pyft.samples import Batch
+from pyft.stage_rows import freeze_for
 from pyft.training.loop import BatchSource
 from pyft.training.optimizers import build_optimizer
 from pyft.training.precision import no_trace
@@ -170,7 +170,7 @@ def _place(config: Mapping[str, Any]) -> Path:
 
 
 def _stage_cost(job: Job, keeper: FeatureKeeper, stage: Stage) -> StageCost:
-    frozen = freeze(job.model, stage.freeze)
+    frozen = freeze_for(job, stage, None)
     try:
         cost = StageCost(stage.name, stage.epochs, frozen.num_trainable, frozen.num_total, "")
         features: StageFeatures | None = None

@@ -3,43 +3,65 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
 from pyft.errors import ConfigError, FrozenError
 from pyft.freezing.eval_mode import keep_in_eval, let_train
-from pyft.freezing.fingerprint import Fingerprint, difference, fingerprints
+from pyft.freezing.fingerprint import Fingerprint, difference, fingerprint
 from pyft.freezing.lean.swap import lean as make_lean
 from pyft.freezing.lean.swap import release as release_lean
+from pyft.freezing.partial_modules import attach, detach
+from pyft.freezing.parts import PARTS, SUFFIX, layers_with_parts, named_weights, owners
 from pyft.freezing.regroup import Group, check_optimizer, follow
+from pyft.freezing.select_rows import Chosen, Loss
 from pyft.freezing.selection import Selection, What, check_shared, is_only_buffers, require_values, select
-from pyft.freezing.table import Row, format_table, make_rows
+from pyft.freezing.table import Row, format_table, make_rows, part_lines
+from pyft.freezing.wishes import Wishes, check_holders, read_wishes
 
 RECORD = "_pyft_frozen"
 
 
-def freeze(model: nn.Module, what: What | FreezePlan, *, only: bool = False, lean: bool = True) -> FreezePlan:
+def freeze(
+    model: nn.Module,
+    what: What | Mapping[Any, Any] | FreezePlan,
+    *,
+    only: bool = False,
+    lean: bool = True,
+    batches: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+) -> FreezePlan:
     """Freeze a part of `model`, in place, and give the plan of what trains. Make the optimizer afterwards.
 
     Frozen parameters get no gradient. A module whose parameters are all frozen stays in eval mode whatever
     `model.train()` says: BatchNorm keeps its statistics, dropout inside is off. A second call takes the place of the
     first. Parameters that had `requires_grad=False` before the first call stay frozen, unless `only` names them.
 
+    With a dict, weights can train in part: `{"encoder.*.weight": pyft.Rows(0.1)}`. The rest of such a weight is frozen
+    bit for bit, and its gradient and optimizer state exist for the part only; see `pyft.train_only`.
+
     Args:
         what: a glob on dotted parameter or module names ("encoder*"; `*` crosses dots), or several; a depth: the
             first k blocks and everything registered before them, negative: all but the last k (see
             `pyft.freezing.selection.blocks_of`); a function (name, parameter) -> True to freeze, also asked for
-            the buffers of modules without parameters; a FreezePlan; None for nothing.
-        only: `what` names what trains instead, and everything else is frozen.
+            the buffers of modules without parameters; a FreezePlan; None for nothing. Or a dict from glob or function
+            to one of: `pyft.Rows(...)`, rows as indices, mask or slice, a dict of `rows`, `columns`, `blocks`,
+            `block_size` as `pyft.train_only` takes them: only that part trains; True: frozen; False: trains whole.
+            Later keys win over earlier ones, and what no key names trains.
+        only: `what` names what trains instead, and everything else is frozen. In a dict, True is then: trains whole.
         lean: frozen modules keep only what the gradient of their input needs (`pyft.lean`). False leaves them as they
             are, as does a FreezePlan whose `lean` is False.
+        batches, loss: what `pyft.Rows` by "gradient" and "fisher" are measured on: one or a few pairs
+            (inputs, targets), and (outputs, targets) -> mean loss; or dicts for a model that gives `.loss`.
 
     Raises:
         ConfigError: a name or glob without a match; a depth that the model does not have; one tensor that is to be
-            frozen under one name and trained under another.
+            frozen under one name and trained under another; a weight that cannot train in part; an index out of range;
+            rows to be chosen by gradients without batches.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
     >>> plan = freeze(model, ["0", "1"])
@@ -47,31 +69,52 @@ def freeze(model: nn.Module, what: What | FreezePlan, *, only: bool = False, lea
     ['2.weight', '2.bias']
     >>> model.train()[1].training
     False
+    >>> plan = freeze(model, {"0": True, "2.weight": [1]})
+    >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    ['1.weight', '1.bias', '2.bias', '2.weight_part']
     """
-    plan = make_plan(model, what, only=only)
+    plan = make_plan(model, what, only=only, batches=batches, loss=loss)
     plan.lean = plan.lean and lean
     return plan.apply(model)
 
 
-def make_plan(model: nn.Module, what: What | FreezePlan, *, only: bool = False) -> FreezePlan:
-    """The plan that `freeze` would apply. Nothing is changed. Arguments and errors as in `freeze`."""
+def make_plan(
+    model: nn.Module,
+    what: What | Mapping[Any, Any] | FreezePlan,
+    *,
+    only: bool = False,
+    batches: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    draft: bool = False,
+) -> FreezePlan:
+    """The plan that `freeze` would apply. Nothing is changed. Arguments and errors as in `freeze`.
+
+    Args:
+        draft: choose no rows by data: how many train is right, which is not.
+    """
     model = unwrap(model)
     require_values(model)
     if isinstance(what, FreezePlan):
         if only:
             raise ConfigError("only=True: a FreezePlan says already what is frozen")
         what.check_names(model)
-        plan = _plan(model, Selection(what.names, frozenset(what.named_modules)))
+        plan = make_from(model, Selection(what.names, frozenset(what.named_modules)), what.parts)
         plan.lean = what.lean
         return plan
-    chosen = select(model, what)
-    named = dict(model.named_parameters(remove_duplicate=False))
+    if isinstance(what, Mapping):
+        wishes = read_wishes(model, what, batches, loss, draft=draft)
+    else:
+        wishes = Wishes(select(model, what), Selection(), {}, frozenset())
+    chosen = wishes.named
+    named = dict(named_weights(model, remove_duplicate=False))
     if only:
-        frozen = {name for name, p in named.items() if name not in chosen.parameters or not _can_train(p)}
-        return _plan(model, Selection(frozenset(frozen), _buffer_modules(model, chosen.modules)))
+        rest = {name for name, p in named.items() if name not in chosen.parameters or not _can_train(p)}
+        modules = _buffer_modules(model, chosen.modules)
+        return make_from(model, Selection(frozenset(rest - wishes.partly), modules), wishes.parts)
     before = _record(model)
     already = {name for name, p in named.items() if not before.get(name, p.requires_grad)}
-    return _plan(model, Selection(chosen.parameters | already, chosen.modules))
+    frozen = (chosen.parameters | already) - wishes.partly
+    return make_from(model, Selection(frozen, chosen.modules), wishes.parts)
 
 
 @dataclass(repr=False)
@@ -79,13 +122,14 @@ class FreezePlan:
     """What trains and what is frozen, by name. Printing it gives a short table.
 
     Attributes:
-        trainable: names of the parameters that train, in the order of `model.named_parameters()`.
+        trainable: names of the parameters that train, whole or in part, in the order of `model.named_parameters()`.
         frozen: names of those that do not.
         num_trainable: elements that train; a shared tensor counts once.
         num_total: elements of all parameters.
         eval_modules: names of the modules that stay in eval mode.
         notes: lines worth telling the user.
         lean: whether `apply` swaps frozen modules to forms that keep little for backward (`pyft.lean`).
+        parts: the part that trains of the weights that do not train whole, and why it was chosen, by name.
     """
 
     trainable: list[str]
@@ -99,6 +143,7 @@ class FreezePlan:
     rows: list[Row]
     fingerprints: dict[str, Fingerprint] | None = None
     lean: bool = True
+    parts: dict[str, Chosen] = field(default_factory=dict)
 
     @property
     def share(self) -> float:
@@ -107,7 +152,8 @@ class FreezePlan:
 
     def __str__(self) -> str:
         kept = f"{len(self.eval_modules)} modules stay in eval mode" if self.eval_modules else ""
-        footer = [f"{self.share:.2%} of the parameters train{'; ' + kept if kept else ''}", *self.notes]
+        footer = [f"{self.share:.2%} of the parameters train{'; ' + kept if kept else ''}"]
+        footer += [*part_lines(self.parts), *self.notes]
         return format_table(self.rows, self.num_trainable, self.num_total, footer)
 
     def __repr__(self) -> str:
@@ -123,26 +169,49 @@ class FreezePlan:
         """
         model = unwrap(model)
         self.check_names(model)
-        named = dict(model.named_parameters(remove_duplicate=False))
+        named = dict(named_weights(model, remove_duplicate=False))
         record = _record(model)
         record = {name: record.get(name, parameter.requires_grad) for name, parameter in named.items()}
+        release_lean(model)
+        kept_parts = self._detach_others(model)
         for name, parameter in named.items():
             if name in self.names:
                 parameter.requires_grad_(False)
                 parameter.grad = None
-            elif _can_train(parameter):
+            elif _can_train(parameter) and id(parameter) not in kept_parts:
                 parameter.requires_grad_(True)
+        for name, chosen in self.parts.items():
+            if id(named[name]) not in kept_parts:
+                attach(owners(model, named[name]), chosen.entries)
         modules = dict(model.named_modules())
         keep = [modules[name] for name in self.eval_modules]
         kept_ids = {id(module) for module in keep}
         let_train(module for module in modules.values() if id(module) not in kept_ids)
         keep_in_eval(keep)
-        release_lean(model)
         if self.lean:
             make_lean(model)
+        for module in model.modules():
+            module.__dict__.pop(RECORD, None)
         model.__dict__[RECORD] = record
-        self.fingerprints = fingerprints(dict(self._frozen_tensors(model)))
+        self.fingerprints = {name: fingerprint(tensor) for name, tensor in self._frozen_tensors(model)}
         return self
+
+    def _detach_others(self, model: nn.Module) -> set[int]:
+        """Undo the parts that this plan does not have; `id` of each weight whose part stays as it is."""
+        named = dict(named_weights(model))
+        wanted = {id(named[name]): chosen.entries for name, chosen in self.parts.items()}
+        kept: set[int] = set()
+        for parameter in named.values():
+            held = [(layer, key, layer.__dict__.get(PARTS, {}).get(key)) for layer, key in owners(model, parameter)]
+            entries = wanted.get(id(parameter))
+            same = entries is not None and all(part is not None and part.entries == entries for *_, part in held)
+            if same and len({id(part) for *_, part in held}) == 1:
+                kept.add(id(parameter))
+                continue
+            for layer, key, part in held:
+                if part is not None:
+                    detach(layer, key)
+        return kept
 
     def check_names(self, model: nn.Module) -> None:
         """Refuse a model whose parameters have other names.
@@ -150,30 +219,28 @@ class FreezePlan:
         Raises:
             ConfigError: with the first name.
         """
-        model = unwrap(model)
-        first = {id(parameter): name for name, parameter in model.named_parameters()}
-        trains = set(self.trainable)
-        planned = set(self.names | trains)
-        names = set()
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            names.add(name)
-            # A shared tensor that trains stands in the plan under its first name.
-            if first[id(parameter)] in trains:
-                planned.add(name)
-        for name in [*self.frozen, *self.trainable, *sorted(names)]:
+        names = {name for name, _ in named_weights(unwrap(model), remove_duplicate=False)}
+        # Of a shared tensor that trains, the plan holds the first name only.
+        first = [name for name, _ in named_weights(unwrap(model))]
+        planned = self.names | set(self.trainable)
+        for name in [*self.frozen, *self.trainable, *sorted(first)]:
             if name not in names or name not in planned:
                 where = "the model" if name not in names else "the plan"
                 raise ConfigError(f"freeze: the plan was made for another model: {where} has no parameter '{name}'")
 
     def release(self, model: nn.Module) -> None:
-        """Undo everything: `requires_grad` as before the first freeze, modes as last asked for."""
+        """Undo everything: plain layers, `requires_grad` as before the first freeze, modes as last asked for."""
         model = unwrap(model)
         record = _record(model)
+        release_lean(model)
+        for layer in layers_with_parts(model):
+            for key in list(layer.__dict__[PARTS]):
+                detach(layer, key)
         for name, parameter in model.named_parameters(remove_duplicate=False):
             parameter.requires_grad_(record.get(name, parameter.requires_grad))
         let_train(model.modules())
-        release_lean(model)
-        model.__dict__.pop(RECORD, None)
+        for module in model.modules():
+            module.__dict__.pop(RECORD, None)
 
     def extend(self, model: nn.Module, what: What, *, optimizer: torch.optim.Optimizer | None = None) -> FreezePlan:
         """Freeze more: a new plan with `what` frozen too, applied to `model`.
@@ -183,7 +250,9 @@ class FreezePlan:
         """
         more = select(unwrap(model), what)
         modules = frozenset(self.named_modules) | more.modules
-        return self._change(unwrap(model), Selection(self.names | more.parameters, modules), optimizer, None)
+        parts = {name: chosen for name, chosen in self.parts.items() if name not in more.parameters}
+        frozen = Selection(self.names | more.parameters, modules)
+        return self._change(unwrap(model), frozen, parts, optimizer, None)
 
     def thaw(
         self,
@@ -214,22 +283,31 @@ class FreezePlan:
         """
         less = select(unwrap(model), what)
         modules = frozenset(self.named_modules) - less.modules
-        return self._change(unwrap(model), Selection(self.names - less.parameters, modules), optimizer, group)
+        parts = {name: chosen for name, chosen in self.parts.items() if name not in less.parameters}
+        frozen = Selection(self.names - less.parameters, modules)
+        return self._change(unwrap(model), frozen, parts, optimizer, group)
 
     def _change(
-        self, model: nn.Module, frozen: Selection, optimizer: torch.optim.Optimizer | None, group: Group
+        self,
+        model: nn.Module,
+        frozen: Selection,
+        parts: Mapping[str, Chosen],
+        optimizer: torch.optim.Optimizer | None,
+        group: Group,
     ) -> FreezePlan:
         if optimizer is not None:
             check_optimizer(optimizer, group)
-        plan = _plan(model, frozen)
+        plan = make_from(model, frozen, parts)
         plan.lean = self.lean
+        before = list(model.parameters())
         plan.apply(model)
         if optimizer is not None:
-            follow(optimizer, model, group)
+            follow(optimizer, model, group, before)
         return plan
 
     def verify(self, model: nn.Module) -> None:
-        """Compare every frozen parameter, and the buffers of modules kept in eval mode, bit for bit with the start.
+        """Compare all that is frozen bit for bit with the start: parameters, the frozen entries of those that train in
+        part, and the buffers of modules kept in eval mode.
 
         Raises:
             FrozenError: with the first name that differs, and how many do.
@@ -238,8 +316,7 @@ class FreezePlan:
         model = unwrap(model)
         if self.fingerprints is None:
             raise ConfigError("verify: this plan was not applied to a model yet: call plan.apply(model) first")
-        tensors = _tensors(model)
-        now = fingerprints({name: tensors[name] for name in self.fingerprints if name in tensors})
+        now = {name: fingerprint(tensor) for name, tensor in self._frozen_tensors(model)}
         changed = []
         for name, before in self.fingerprints.items():
             how = difference(before, now[name]) if name in now else "it is gone"
@@ -248,6 +325,7 @@ class FreezePlan:
         if changed:
             name, how = changed[0]
             buffers = dict(model.named_buffers(remove_duplicate=False))
+            how = f"of its frozen entries {how}" if name in self.parts else how
             more = f" ({len(changed) - 1} more like it)" if len(changed) > 1 else ""
             raise FrozenError(
                 f"{'buffer' if name in buffers else 'parameter'} '{name}' was to stay frozen, but {how}{more}. "
@@ -262,13 +340,22 @@ class FreezePlan:
         an error; this shows it.
         """
         named = dict(unwrap(model).named_parameters(remove_duplicate=False))
-        return [name for name in self.trainable if name in named and named[name].grad is None]
+        trained = {name: f"{name}{SUFFIX}" if f"{name}{SUFFIX}" in named else name for name in self.trainable}
+        return [name for name, held in trained.items() if held in named and named[held].grad is None]
 
     def _frozen_tensors(self, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        named = dict(model.named_parameters(remove_duplicate=False))
-        yield from ((name, named[name]) for name in self.frozen)
+        named = dict(named_weights(model, remove_duplicate=False))
+        yield from ((name, named[name]) for name in self.frozen if name in named)
+        for name, chosen in self.parts.items():
+            if name in named:
+                # What has another shape by now differs as it is.
+                fits = tuple(named[name].shape) == chosen.entries.shape
+                yield name, chosen.entries.rest(named[name]) if fits else named[name]
+        modules = dict(model.named_modules())
         for name in self.eval_modules:
-            module = model.get_submodule(name)
+            module = modules.get(name)
+            if module is None:
+                continue
             for key, buffer in module.named_buffers(recurse=False):
                 # Buffers that are not saved are caches, and a module may refill them at any call.
                 if key not in module._non_persistent_buffers_set:
@@ -286,31 +373,42 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def _plan(model: nn.Module, frozen: Selection) -> FreezePlan:
-    named = dict(model.named_parameters(remove_duplicate=False))
+def make_from(model: nn.Module, frozen: Selection, parts: Mapping[str, Chosen]) -> FreezePlan:
+    """The plan that freezes exactly `frozen`, and trains the weights that `parts` names in part.
+
+    Raises:
+        ConfigError: a tensor with a frozen and a trained name, or a weight that cannot train in part.
+    """
+    named = dict(named_weights(model, remove_duplicate=False))
     names = frozen.parameters
     check_shared(model, names, [name for name in named if name not in names])
-    first = dict(model.named_parameters())
-    trainable = [name for name in first if name not in names]
+    first = dict(named_weights(model))
+    for name, chosen in parts.items():
+        if tuple(first[name].shape) != chosen.entries.shape:
+            shape = tuple(first[name].shape)
+            raise ConfigError(f"'{name}' has the shape {shape}, and the part is one of {chosen.entries.shape}")
+        check_holders(model, name, first[name], chosen.entries)
+    trains = {name: first[name].numel() for name in first if name not in names}
+    trains.update({name: chosen.entries.count for name, chosen in parts.items()})
     keep, notes = _kept_modules(model, frozen)
-    ids = {id(first[name]) for name in trainable}
     return FreezePlan(
-        trainable=trainable,
+        trainable=list(trains),
         frozen=[name for name in first if name in names],
-        num_trainable=sum(first[name].numel() for name in trainable),
+        num_trainable=sum(trains.values()),
         num_total=sum(parameter.numel() for parameter in first.values()),
         eval_modules=keep,
         notes=notes,
         names=names,
         named_modules=sorted(frozen.modules),
-        rows=make_rows(model, ids),
+        rows=make_rows(model, {id(first[name]): count for name, count in trains.items()}),
+        parts=dict(parts),
     )
 
 
 def _kept_modules(model: nn.Module, frozen: Selection) -> tuple[list[str], list[str]]:
     """Names of the modules that stay in eval mode, one per module, and notes."""
     trains = {
-        id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)
+        id(parameter) for name, parameter in named_weights(model, remove_duplicate=False)
         if name not in frozen.parameters
     }  # fmt: skip
     inside: dict[int, list[str]] = defaultdict(list)
@@ -350,13 +448,12 @@ def _can_train(parameter: nn.Parameter) -> bool:
 
 
 def _record(model: nn.Module) -> dict[str, bool]:
-    """`requires_grad` of every parameter before the first plan; empty where there is none."""
-    return model.__dict__.get(RECORD, {})
-
-
-def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    return {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
+    """`requires_grad` of every parameter before the first plan, for it or for a part of it; empty where none is."""
+    record: dict[str, bool] = {}
+    for prefix, module in reversed(list(model.named_modules())):
+        for name, flag in module.__dict__.get(RECORD, {}).items():
+            record[f"{prefix}.{name}" if prefix else name] = flag
+    return record
 
 
 _WITH_MODE = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)

@@ -16,6 +16,7 @@ from torch import nn
 from pyft.core.cache import cache_root
 from pyft.core.memory import free_memory
 from pyft.errors import ConfigError
+from pyft.freezing.parts import whole_names
 from pyft.freezing.plan import FreezePlan, unwrap
 from pyft.freezing.prefix_cache_batch import BatchFacts, batch_facts, same_values
 from pyft.freezing.prefix_cache_disk import DiskWriter, open_finished
@@ -101,6 +102,8 @@ class PrefixCache:
         self.played = self.filled = 0
         named = dict(self.model.named_parameters(remove_duplicate=False))
         trainable = {n for n, p in named.items() if p.requires_grad} if plan is None else set(plan.trainable)
+        # A weight that trains in part changes as a whole.
+        trainable |= {whole for part, whole in whole_names(self.model).items() if part in trainable}
         if not trainable:
             raise ConfigError("model: no parameter trains, so there is nothing to train on stored values")
         self._numbers: np.ndarray | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -32,7 +32,9 @@ def check_optimizer(optimizer: object, group: Group) -> None:
         raise ConfigError("group: 'params' are those that are unfrozen; leave them out")
 
 
-def follow(optimizer: torch.optim.Optimizer, model: nn.Module, group: Group = None) -> None:
+def follow(
+    optimizer: torch.optim.Optimizer, model: nn.Module, group: Group = None, before: Iterable[nn.Parameter] = ()
+) -> None:
     """Make the parameters of `optimizer` those of `model` that train, beside any that are not the model's.
 
     What froze leaves its group, and its state is dropped. What is new joins a group and has no state yet, so that its
@@ -44,13 +46,15 @@ def follow(optimizer: torch.optim.Optimizer, model: nn.Module, group: Group = No
         group: where new parameters go. A number: that group. A dict: a new group with these hyperparameters, of which
             schedulers that exist know nothing. None: matrices to the group with the most matrices, biases and norms to
             the group with the most of those.
+        before: parameters that the model had; those that it has no more, parts of weights, leave as if they froze.
     """
     check_optimizer(optimizer, group)
     named = dict(model.named_parameters())
     order = {id(parameter): (i, name) for i, (name, parameter) in enumerate(named.items())}
+    out = {id(p) for p in before if id(p) not in order} | {id(p) for p in named.values() if not p.requires_grad}
     for of_group in optimizer.param_groups:
-        gone = [p for p in of_group["params"] if id(p) in order and not p.requires_grad]
-        _set_params(of_group, [p for p in of_group["params"] if p.requires_grad or id(p) not in order], order)
+        gone = [p for p in of_group["params"] if id(p) in out]
+        _set_params(of_group, [p for p in of_group["params"] if id(p) not in out], order)
         for parameter in gone:
             optimizer.state.pop(parameter, None)
     known = {id(p) for of_group in optimizer.param_groups for p in of_group["params"]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from pyft.errors import ConfigError
+from pyft.freezing.parts import named_weights
 
 Predicate = Callable[[str, Any], bool]
 What = str | Iterable[str] | int | Predicate | None
@@ -33,7 +34,7 @@ def select(model: nn.Module, what: What) -> Selection:
     Raises:
         ConfigError: a name or glob without a match, a depth that the model does not have, another type.
     """
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    names = [name for name, _ in named_weights(model, remove_duplicate=False)]
     if what is None:
         return Selection()
     if isinstance(what, str):
@@ -44,6 +45,8 @@ def select(model: nn.Module, what: What) -> Selection:
         return _by_depth(model, what)
     if callable(what) and not isinstance(what, nn.Module):
         return _by_predicate(model, what)
+    if isinstance(what, Mapping):
+        raise ConfigError("freeze: a dict is for pyft.freeze(model, {...}); here names, globs or a depth are expected")
     patterns: list[Any] = list(what) if isinstance(what, Iterable) else [what]
     for pattern in patterns:
         if not isinstance(pattern, str):
@@ -55,7 +58,7 @@ def select(model: nn.Module, what: What) -> Selection:
 
 
 def _by_predicate(model: nn.Module, chosen: Predicate) -> Selection:
-    named = model.named_parameters(remove_duplicate=False)
+    named = named_weights(model, remove_duplicate=False)
     modules = {
         name
         for name, module in model.named_modules(remove_duplicate=False)
@@ -81,7 +84,7 @@ def _by_globs(model: nn.Module, names: list[str], patterns: list[str]) -> Select
         inside = set(names) if "" in hit else {name for name in names if name.startswith(below)}
         if not hit and not direct:
             raise ConfigError(
-                f"freeze={pattern!r}: matches no parameter or module; {_nearest(pattern, names + modules)}"
+                f"freeze={pattern!r}: matches no parameter or module; {nearest(pattern, names + modules)}"
             )
         parameters |= direct | inside
         chosen |= hit
@@ -93,7 +96,8 @@ def _plain_name(name: str) -> str:
     return re.sub(r"(^|\.)parametrizations\.(\w+)\.original\d*$", r"\1\2", name)
 
 
-def _nearest(pattern: str, names: list[str]) -> str:
+def nearest(pattern: str, names: list[str]) -> str:
+    """Names that were likely meant, in words."""
     plain = pattern.strip("*.")
     near = difflib.get_close_matches(plain, names, n=3, cutoff=0.5)
     near = near or [name for name in names if plain and plain.lower() in name.lower()][:3]
@@ -144,7 +148,7 @@ def _by_depth(model: nn.Module, depth: int) -> Selection:
     named = model.named_modules(remove_duplicate=False)
     modules = [name for name, module in named if is_only_buffers(module)]
     everything = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    parameters = [name for name, _ in named_weights(model, remove_duplicate=False)]
     block = blocks[min(count, len(blocks) - 1)] + "."
 
     def before(names: list[str], inside: list[bool]) -> list[str]:
@@ -163,7 +167,7 @@ def check_shared(model: nn.Module, frozen: frozenset[str], trainable: Iterable[s
     Raises:
         ConfigError: with both names.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(named_weights(model, remove_duplicate=False))
     by_tensor: dict[Any, str] = {}
     for name in sorted(frozen):
         for key in _keys(parameters[name]):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
+
+from pyft.freezing.parts import named_weights
+from pyft.freezing.select_rows import Chosen
 
 MAX_ROWS = 16
 NAME_WIDTH = 36
@@ -27,12 +30,15 @@ class Row:
         return "trains" if self.trainable == self.total else "part"
 
 
-def make_rows(model: nn.Module, trainable: Collection[int]) -> list[Row]:
+def make_rows(model: nn.Module, trainable: Mapping[int, int]) -> list[Row]:
     """One row per top-level part; parts that train in part are opened while the table stays short.
 
     Args:
-        trainable: `id` of each parameter that trains. A parameter with several names is counted at its first.
+        trainable: `id` of each parameter that trains, and how many of its elements do. A parameter with several names
+            is counted at its first.
     """
+    weights = named_weights(model, remove_duplicate=False)
+    names, whole = {name for name, _ in weights}, {id(parameter) for _, parameter in weights}
     owner: dict[int, nn.Module] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -40,13 +46,18 @@ def make_rows(model: nn.Module, trainable: Collection[int]) -> list[Row]:
 
     def count(name: str, module: nn.Module, below: bool = True) -> Row:
         inside = set(module.modules()) if below else {module}
-        found = {id(p): p.numel() for p in module.parameters(below) if owner[id(p)] in inside}
-        return Row(name, sum(n for key, n in found.items() if key in trainable), sum(found.values()))
+        found = {id(p): p.numel() for p in module.parameters(below) if owner[id(p)] in inside and id(p) in whole}
+        return Row(name, sum(trainable.get(key, 0) for key in found), sum(found.values()))
 
     def open_row(row: Row) -> Iterator[Row]:
+        if row.name in names:
+            yield row
+            return
         module = model.get_submodule(row.name)
         prefix = f"{row.name}." if row.name else ""
-        yield from (Row(f"{prefix}{key}", *_one(p, trainable)) for key, p in module.named_parameters(recurse=False))
+        for key, p in module.named_parameters(recurse=False):
+            if id(p) in whole:
+                yield Row(f"{prefix}{key}", trainable.get(id(p), 0), p.numel())
         yield from (count(prefix + key, child) for key, child in module.named_children())
 
     rows = [row for row in open_row(count("", model)) if row.total]
@@ -57,13 +68,11 @@ def make_rows(model: nn.Module, trainable: Collection[int]) -> list[Row]:
         rows = opened
 
 
-def _one(parameter: nn.Parameter, trainable: Collection[int]) -> tuple[int, int]:
-    return (parameter.numel() if id(parameter) in trainable else 0, parameter.numel())
-
-
 def _open_first(rows: list[Row], open_row: Callable[[Row], Iterable[Row]]) -> list[Row] | None:
     """The rows with the shallowest one of state "part" replaced by what it holds; None when there is none to open."""
     parts = [row for i, row in enumerate(rows) if row.state == "part" and not _has_twin(rows, i)]
+    # A weight that trains in part has nothing inside.
+    parts = [row for row in parts if [row] != list(open_row(row))]
     if not parts:
         return None
     chosen = min(parts, key=lambda row: row.name.count("."))
@@ -114,3 +123,17 @@ def format_table(rows: list[Row], trainable: int, total: int, footer: list[str])
 def _shorten(name: str) -> str:
     keep = NAME_WIDTH - 3
     return name if len(name) <= NAME_WIDTH else f"{name[: keep // 3]}...{name[-(keep - keep // 3) :]}"
+
+
+def part_lines(parts: Mapping[str, Chosen]) -> list[str]:
+    """What trains in part, and why: one line for all weights of which alike is said."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, chosen in parts.items():
+        groups.setdefault((str(chosen.entries), chosen.reason), []).append(name)
+    lines = []
+    for (entries, reason), names in groups.items():
+        shares = [share for name in names if (share := parts[name].share) is not None]
+        held = f" ({sum(shares) / len(shares):.0%} of it)" if shares else ""
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        lines.append(f"{_shorten(names[0])}{more}: {entries}{f', {reason}' if reason else ''}{held}")
+    return lines

@@ -13,6 +13,8 @@ from pyft.ops.bit_masks import (
 from pyft.ops.clip import agc_grads_, clamp_grads_, scale_grads_
 from pyft.ops.grad_norm import grad_norm
 from pyft.ops.max_pool import max_pool_backward, max_pool_offsets
+from pyft.ops.partial import partial_embedding, partial_linear
+from pyft.ops.partial_conv import partial_conv
 from pyft.ops.update import update_
 
 __all__ = [
@@ -26,6 +28,9 @@ __all__ = [
     "max_pool_backward",
     "max_pool_offsets",
     "pack_bits",
+    "partial_conv",
+    "partial_embedding",
+    "partial_linear",
     "relu_bits",
     "relu_bits_",
     "scale_by_bits",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pyft.core.files import write_atomic
 from pyft.errors import CheckpointError
+from pyft.freezing.parts import bring_up_to_date, refresh_parts
 
 FORMAT = 1
 
@@ -126,9 +127,12 @@ def put_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) ->
             raise CheckpointError(
                 f"'{name}' has shape {tuple(tensor.shape)} in {source} but {tuple(places[name].shape)} in the model"
             )
+    # Parts that no weight of the file is of must not take stale values.
+    bring_up_to_date(model)
     with torch.no_grad():
         for name, tensor in weights.items():
             places[name].copy_(tensor)
+    refresh_parts(model)
 
 
 def take_weights(places: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

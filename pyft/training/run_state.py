@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyft.errors import CheckpointError, ConfigError
+from pyft.freezing.parts import bring_up_to_date, whole_names
 from pyft.training.checkpoint import (
     load_checkpoint,
     load_weights,
@@ -152,13 +153,16 @@ class Run:
                 self.history.notes.append(f"resumed with {what} {now}, begun with {then}: the last bits may differ")
 
     def _weights(self) -> dict[str, Tensor]:
+        bring_up_to_date(self.model)
         places: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
         places.update(self.model.named_buffers(remove_duplicate=False))
         return take_weights((name, places[name]) for name in self.trained if name in places)
 
     def add_trained(self, names: Iterable[str]) -> None:
         """Name what the stage that begins will change; the best weights so far are completed by what it starts from."""
-        self.trained.update(dict.fromkeys(names))
+        # Of a weight that trains in part the whole is written: the next stage may train other rows, or all.
+        whole = whole_names(self.model)
+        self.trained.update(dict.fromkeys(whole.get(name, name) for name in names))
         if self.history.best_epoch is None:
             return
         best = read_weights(self.history.best_path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -82,7 +82,10 @@ def make_stages(strategy: str | Sequence[Stage], epochs: int, head_name: str | N
     if head_name is None:
         raise ConfigError(f"strategy={strategy!r} needs a head: name it with head='...', or use strategy='full'")
     head_epochs = epochs if strategy == "head" else max(1, epochs // 3)
-    stages = [Stage("head", outside_head(head_name, freeze), head_epochs, kind="head")]
+    # In a dict the last key wins: outside the head nothing trains, inside it what the dict says.
+    frozen: Any = outside_head(head_name, freeze)
+    frozen = {**freeze, frozen: True} if isinstance(freeze, Mapping) else frozen
+    stages = [Stage("head", frozen, head_epochs, kind="head")]
     if epochs > head_epochs:
         stages.append(Stage("full", freeze, epochs - head_epochs))
     return _check_stages(stages)
