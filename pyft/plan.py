@@ -22,6 +22,7 @@ from pyft.core.files import write_json
 from pyft.core.loader import load_core
 from pyft.core.memory import free_memory
 from pyft.errors import ConfigError
+from pyft.freezing.no_trace import no_trace
 from pyft.job import Job, autocast, given_back_on_error, inspect, to_device
 from pyft.models.call import call_model
 from pyft.run_dir import FREE_ARGUMENTS
@@ -29,7 +30,6 @@ from pyft.samples import Batch
 from pyft.stage_rows import freeze_for
 from pyft.training.loop import BatchSource
 from pyft.training.optimizers import build_optimizer
-from pyft.training.precision import no_trace
 from pyft.training.progress import SilentProgress, duration
 from pyft.training.settings import stage_lr
 from pyft.training.stages import Stage

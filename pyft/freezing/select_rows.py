@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pyft.errors import ConfigError
 from pyft.freezing.entries import Entries
+from pyft.freezing.no_trace import no_trace
 from pyft.freezing.partial_modules import PLAIN
 from pyft.freezing.parts import bring_up_to_date, layers_with_parts
 
@@ -227,30 +228,16 @@ def _loss_of(model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
 def untouched(model: nn.Module) -> Iterator[None]:
     """Inside, layers that train in part are plain; gradients, flags, modes, buffers and random state come back."""
     bring_up_to_date(model)
-    gradients = [(parameter, parameter.grad, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     forms = [(layer, type(layer)) for layer in layers_with_parts(model)]
-    devices = sorted({parameter.device.index or 0 for parameter in model.parameters() if parameter.is_cuda})
-    try:
-        for layer, form in forms:
-            layer.__class__ = PLAIN[form]
-        with torch.random.fork_rng(devices=devices):
+    device = flags[0][0].device if flags else "cpu"
+    with no_trace(model, device):
+        try:
+            for layer, form in forms:
+                layer.__class__ = PLAIN[form]
             yield
-    finally:
-        for layer, form in forms:
-            layer.__class__ = form
-        for parameter, gradient, flag in gradients:
-            parameter.requires_grad_(flag)
-            parameter.grad = gradient
-        with torch.no_grad():
-            for module, name, buffer, values in buffers:
-                buffer.copy_(values)
-                module._buffers[name] = buffer
-        for module, training in modes:
-            module.training = training
+        finally:
+            for layer, form in forms:
+                layer.__class__ = form
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from pyft.training.precision import no_trace
+from pyft.freezing.no_trace import no_trace
 
 # A layout that wins by less is not worth another last bit.
 _LEAST_SPEEDUP = 1.1

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from pyft.errors import ConfigError
+from pyft.freezing.no_trace import no_trace
 from pyft.samples import Batch
 from pyft.training.history import History, Row, is_better, metric_value
 from pyft.training.interrupt import Interrupt
 from pyft.training.objectives import Objective
 from pyft.training.optimizers import NamedParameters, build_optimizer
-from pyft.training.precision import choose_precision, no_trace
+from pyft.training.precision import choose_precision
 from pyft.training.progress import Progress, SilentProgress
 from pyft.training.run_state import Run, live_buffers
 from pyft.training.schedules import PlateauSchedule, make_schedule

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
-from torch import nn
 
 from pyft.errors import ConfigError
 
@@ -40,7 +38,7 @@ def choose_precision(
     Args:
         requested: "fp32", "bf16" or "auto".
         device: where the model is.
-        probe: runs one forward and backward in the precision it is given, leaving no trace (see `no_trace`);
+        probe: runs one forward and backward in the precision it is given, leaving no trace;
             "auto" times it and takes bf16 where that is at least 1.1 times faster. Without it "auto" is fp32.
         batches: that the choice is for; the probe takes about a fiftieth of their time, half a second at most.
 
@@ -82,35 +80,3 @@ def _time_both(probe: Callable[[str], None], device: torch.device, batches: int)
         if turn >= 1 and time.perf_counter() - begin > min(0.5, 0.02 * batches * best["fp32"]):
             break
     return best["fp32"], best["bf16"]
-
-
-@contextlib.contextmanager
-def no_trace(model: nn.Module, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Run training steps inside, and leave gradients, buffers, modes and random state as they were.
-
-    Parameters are not guarded: run no optimizer step inside.
-    """
-    device = torch.device(device)
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    for parameter, _ in gradients:
-        parameter.grad = None
-    devices = [] if device.type == "cpu" else [device.index or 0]
-    try:
-        with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
-            yield
-    finally:
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        with torch.no_grad():
-            for module, name, buffer, values in buffers:
-                buffer.copy_(values)
-                module._buffers[name] = buffer
-        for module, training in modes:
-            module.training = training

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from pyft.errors import ConfigError
+from pyft.freezing.no_trace import no_trace
 from pyft.training import precision
-from pyft.training.precision import bf16_hardware, choose_precision, no_trace
+from pyft.training.precision import bf16_hardware, choose_precision
 
 CPU = torch.device("cpu")
 
