@@ -391,7 +391,7 @@ def evaluate_tuned(job: Job, run: RunDir, history: History, plan: FreezePlan) ->
         save_model(run / "model.safetensors", job.model)
         found = {
             role: score(job, call_model, Batches(samples, job.preprocess, EVALUATION_BATCH, shuffle=False))
-            for role, samples in (("val", data.val), ("test", data.test))
+            for role, samples in {"val": data.val, "test": data.test}.items()
             if samples is not None
         }
     metrics = {f"{role}_{name}": value for role, scores in found.items() for name, value in scores.values.items()}
@@ -477,8 +477,7 @@ def finish(run: RunDir, result: Result) -> None:
     run.write("notes.txt", "".join(f"{note}\n" for note in result.notes))
     draw(run, result)
     run.write("timings.json", {part: round(spent, 3) for part, spent in run.seconds.items()})
-    with contextlib.suppress(FileNotFoundError):
-        (run / "start.safetensors").unlink()
+    (run / "start.safetensors").unlink(missing_ok=True)
     run.set_state("finished")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import pickle
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from two_processes import train_one
 
 import pyft
 from pyft.errors import ConfigError, FrozenError
@@ -364,37 +364,10 @@ def test_an_exported_model_has_plain_weights(tmp_path: Path, stale: bool) -> Non
     assert model[0].weight_part.requires_grad
 
 
-def _one_process(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = torch.distributed.FileStore(os.path.join(folder, "store"), 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    torch.manual_seed(rank)  # DDP sends the weights of rank 0
-    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
-    plan = pyft.freeze(model, {"0": [1, 5], "2": slice(0, 1)})
-    reduced: list[int] = []
-    ddp = nn.parallel.DistributedDataParallel(model)
-
-    def hook(state, bucket):  # torch looks at annotations as objects
-        reduced.append(bucket.buffer().numel())
-        future = torch.distributed.all_reduce(bucket.buffer().div_(2), async_op=True).get_future()
-        return future.then(lambda done: done.value()[0])
-
-    ddp.register_comm_hook(None, hook)
-    optimizer = torch.optim.AdamW([p for p in ddp.parameters() if p.requires_grad], lr=0.01)
-    x = torch.randn(4, 4, generator=torch.Generator().manual_seed(rank))
-    for _ in range(3):
-        optimizer.zero_grad()
-        ddp(x).square().mean().backward()
-        optimizer.step()
-    assert sum(reduced) == 3 * plan.num_trainable, reduced
-    torch.save(model.state_dict(), os.path.join(folder, f"{rank}.pt"))
-    torch.distributed.destroy_process_group()
-
-
 def test_processes_reduce_the_part_only(tmp_path: Path) -> None:
     # A fork of a process whose threads have worked may hang.
     both = torch.multiprocessing.start_processes(
-        _one_process, (str(tmp_path),), nprocs=2, join=False, start_method="spawn"
+        train_one, (str(tmp_path),), nprocs=2, join=False, start_method="spawn"
     )
     until = time.monotonic() + 180
     while not both.join(timeout=5):
