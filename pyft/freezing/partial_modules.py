@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyft.freezing.backward_index import conv_index, kept_blocks, token_places
 from pyft.freezing.entries import Entries
 from pyft.freezing.lean.swap import plain_class
-from pyft.freezing.parts import PARTS, SUFFIX, Part, refresh_layer, stamp
+from pyft.freezing.parts import PARTS, SUFFIX, Part, refresh_layer, stamp, watch_steps
 from pyft.ops.partial import partial_embedding, partial_linear
 from pyft.ops.partial_conv import partial_conv
 
@@ -92,6 +92,7 @@ class Partial:
         # A copy or a pickle holds weight and part apart, with version numbers that start again.
         for part in self.__dict__[PARTS].values():
             part.view, part.seen = False, None
+        watch_steps()
 
     def extra_repr(self) -> str:
         """As the layer's own, and what trains of it."""
@@ -331,6 +332,8 @@ def attach(holders: Iterable[tuple[nn.Module, str]], entries: Entries) -> None:
     part.view = values is not None and _is_dense(values)
     parameter = nn.Parameter(values if part.view and values is not None else entries.take(full.detach()))
     part.seen = stamp(full, parameter)
+    if not part.view:
+        watch_steps()
     for module, key in holders:
         module._parameters[key + SUFFIX] = parameter
         module.__dict__.setdefault(PARTS, {})[key] = part

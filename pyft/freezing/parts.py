@@ -21,17 +21,27 @@ SUFFIX = "_part"
 
 
 class _Steps:
-    """Counts the steps of all optimizers: torch's fused ones write without raising the version of what they write."""
+    """Counts the steps of all optimizers: torch's fused ones write without raising the version of what they write.
+
+    Only from `watch` on, since a hook makes every step of every optimizer a little slower.
+    """
 
     def __init__(self) -> None:
         self.count = 0
+        self.watching = False
+
+    def watch(self) -> None:
+        """Count from now on."""
+        if not self.watching:
+            self.watching = True
+            register_optimizer_step_post_hook(self)
 
     def __call__(self, *step: object) -> None:
         self.count += 1
 
 
 _STEPS = _Steps()
-register_optimizer_step_post_hook(_STEPS)
+watch_steps = _STEPS.watch
 
 
 class Part:
@@ -67,6 +77,7 @@ class Part:
         """
         if self.shares(full, part):
             return
+        watch_steps()
         now, stepped = stamp(full, part), self.steps != _STEPS.count
         if now == self.seen and not stepped:
             return

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -385,3 +387,18 @@ def test_a_frozen_entry_that_moved_is_told() -> None:
         model._modules["lin"]._parameters["weight"][0, 0] += 1
     with pytest.raises(FrozenError, match=r"'lin.weight' was to stay frozen, but of its frozen entries its values"):
         plan.verify(model)
+
+
+@pytest.mark.parametrize("how", ["whole layers", "rows side by side"])
+def test_optimizers_are_not_slowed_down_for_nothing(how: str) -> None:
+    """Only a part that is a copy needs to be told of every step."""
+    code = f"""
+import torch, pyft
+from torch.optim import optimizer
+model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+pyft.freeze(model, {"'0'" if how == "whole layers" else "{'0.weight': slice(0, 3)}"})
+assert not optimizer._global_optimizer_post_hooks
+pyft.freeze(model, {{"0.weight": [0, 5]}})
+assert len(optimizer._global_optimizer_post_hooks) == 1
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -267,3 +267,21 @@ def test_a_slow_average_does_not_stick(backend: str, state_dtype: str) -> None:
     want = (1 - 0.999**100) * 0.999**700
     assert float(kept[128:].mean()) == pytest.approx(want, rel=0.1)
     assert float(kept[:128].mean()) == pytest.approx(1 - 0.999**800, rel=0.1)
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf])
+def test_a_block_that_is_lost_does_no_harm(backend: str, bad: float) -> None:
+    """With on_nonfinite="ignore": the weight is NaN, the others of its block stand still, the next block goes on."""
+    generator = torch.Generator().manual_seed(0)
+    param = torch.nn.Parameter(torch.randn(2 * BLOCK, generator=generator))
+    optimizer = optim.AdamW([param], lr=0.1, state_dtype="int8", weight_decay=0.0, on_nonfinite="ignore")
+    for step in range(5):
+        param.grad = torch.randn(2 * BLOCK, generator=generator)
+        if step == 2:
+            param.grad[5] = bad
+        before = param.detach().clone()
+        optimizer.step()
+    assert param.isnan().nonzero().flatten().tolist() == [5]
+    moved = param.detach() != before
+    assert moved[:BLOCK].nonzero().flatten().tolist() == [5]
+    assert int(moved[BLOCK:].sum()) == BLOCK
