@@ -93,7 +93,7 @@ class Cost:
     def __str__(self) -> str:
         lines = [f"{'stage':<14}{'epochs':>7}{'trains':>9}{'features':>11}{'time':>15}{'without':>15}"]
         for one in self.stages:
-            trains, kept = f"{one.num_trainable / max(one.num_total, 1):.1%}", _size(one.nbytes) if one.kept else "-"
+            trains, kept = f"{one.num_trainable / max(one.num_total, 1):.2%}", _size(one.nbytes) if one.kept else "-"
             times = f"{duration(one.seconds):>15}{duration(one.seconds_without):>15}"
             lines.append(f"{one.name[:13]:<14}{one.epochs:>7}{trains:>9}{kept:>11}{times}")
         for one in self.stages:
