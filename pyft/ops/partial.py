@@ -1,8 +1,8 @@
 """Layers of whose weight a part trains: forward with the whole weight, the weight's gradient for the part only.
 
 Each forward op gets the whole weight, which needs no gradient, and beside it the part, whose values it does not read:
-the gradient goes there. What PyTorch's matmul does to the chosen rows of the output's gradient and the chosen columns
-of the input is all the work there is; docs/masked_backprop.md has the figures.
+the gradient goes there. The chosen rows of the output's gradient times the chosen columns of the input is all the work
+there is; docs/masked_backprop.md has the figures.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyft.ops.library import LIBRARY, define
+from pyft.ops.weight_gradient import pick, weight_gradient
 
 define(
     "partial_linear(Tensor input, Tensor weight, Tensor? bias, Tensor weight_part, Tensor? bias_part, Tensor? rows, "
@@ -32,13 +33,6 @@ define(
     "partial_embedding_backward(Tensor grad, Tensor indices, Tensor places, Tensor? columns, int row_count, "
     "bool scale_grad_by_freq) -> Tensor"
 )
-
-
-def pick(tensor: Tensor, dim: int, index: Tensor | None, start: int, count: int) -> Tensor:
-    """Along `dim`: the places of `index`, or `count` from `start` on (a view), or everything where `start` is -1."""
-    if index is not None:
-        return tensor.index_select(dim, index)
-    return tensor if start < 0 else tensor.narrow(dim, start, count)
 
 
 def lowered(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -85,10 +79,13 @@ def _linear_backward(
         grad_bias = flat.sum(0)
     if wanted[2] and blocks is not None:
         part = _block_gradients(flat, kept.reshape(-1, kept.shape[-1]), blocks, block_size)
-    elif wanted[2] or wanted[3]:
-        chosen = pick(flat, 1, rows, row_start, row_count)
-        part = chosen.t().mm(kept.reshape(-1, kept.shape[-1])) if wanted[2] else part
-        bias_part = chosen.sum(0) if wanted[3] else bias_part
+    elif wanted[2]:
+        part, sums = weight_gradient(
+            flat, kept.reshape(-1, kept.shape[-1]), rows, row_start, row_count, with_sums=wanted[3]
+        )
+        bias_part = sums if wanted[3] else bias_part
+    elif wanted[3]:
+        bias_part = pick(flat, 1, rows, row_start, row_count).sum(0)
     return grad_input, grad_bias, part, bias_part
 
 

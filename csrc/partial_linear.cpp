@@ -1,0 +1,110 @@
+// The gradient of the chosen rows of a Linear's weight.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu_target.h"
+#include "parallel.h"
+#include "partial_linear_cpu.h"
+#include "tensor_checks.h"
+
+namespace pyft {
+namespace {
+
+void check_matrix(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == torch::headeronly::ScalarType::Float && t.dim() == 2, name,
+                  " must be a float32 matrix on the CPU, one token a row");
+  STD_TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, name, " has strides ", to_string(t.strides()),
+                  "; the entries of a row must lie side by side");
+}
+
+std::vector<int64_t> checked_rows(const std::optional<Tensor>& rows, int64_t row_start, int64_t row_count,
+                                  int64_t limit) {
+  std::vector<int64_t> chosen(std::max<int64_t>(0, row_count));
+  if (rows.has_value()) {
+    STD_TORCH_CHECK(rows->is_cpu() && rows->scalar_type() == torch::headeronly::ScalarType::Long &&
+                        rows->is_contiguous() && rows->numel() == row_count,
+                    "rows must be ", row_count, " contiguous int64 on the CPU");
+    const int64_t* from = static_cast<const int64_t*>(rows->data_ptr());
+    std::copy(from, from + row_count, chosen.begin());
+  } else {
+    for (int64_t r = 0; r < row_count; ++r) {
+      chosen[r] = row_start + r;
+    }
+  }
+  for (int64_t row : chosen) {
+    STD_TORCH_CHECK(row >= 0 && row < limit, "rows has ", row, " but grad has ", limit, " columns");
+  }
+  return chosen;
+}
+
+// `count` pieces of work of equal `cost`.
+ChunkTable equal_tasks(int64_t count, int64_t cost) {
+  ChunkTable table;
+  for (int64_t i = 0; i < count; ++i) {
+    table.chunks.push_back({i, 0, 0});
+    table.task_begin.push_back(i + 1);
+  }
+  table.cost = count * cost;
+  return table;
+}
+
+}  // namespace
+
+// grad (T, O), input (T, N). Gives grad[:, rows]^T input, (r, N), and, with_sums, the sums of these columns, (r,).
+std::tuple<Tensor, Tensor> partial_weight_gradient(const Tensor& grad, const Tensor& input,
+                                                   const std::optional<Tensor>& rows, int64_t row_start,
+                                                   int64_t row_count, bool with_sums) {
+  check_matrix(grad, "grad");
+  check_matrix(input, "input");
+  STD_TORCH_CHECK(grad.size(0) == input.size(0), "grad has ", grad.size(0), " tokens but input has ", input.size(0));
+  const std::vector<int64_t> chosen = checked_rows(rows, row_start, row_count, grad.size(1));
+  const int64_t tokens = grad.size(0), width = input.size(1), blocks = (tokens + kTokenBlock - 1) / kTokenBlock;
+  Tensor out = torch::stable::new_empty(grad, {row_count, width});
+  Tensor sums = torch::stable::new_empty(grad, {with_sums ? row_count : 0});
+  if (tokens == 0 || row_count == 0) {
+    torch::stable::zero_(out);
+    torch::stable::zero_(sums);
+    return {out, sums};
+  }
+  Tensor packed = torch::stable::new_empty(grad, {blocks * packed_size(row_count)});
+  float* place = static_cast<float*>(packed.mutable_data_ptr());
+  const PartialGradient work{static_cast<const float*>(grad.data_ptr()),
+                             grad.stride(0),
+                             static_cast<const float*>(input.data_ptr()),
+                             input.stride(0),
+                             chosen.data(),
+                             row_count,
+                             tokens,
+                             width,
+                             static_cast<float*>(out.mutable_data_ptr())};
+  const int64_t packs = (tokens + kPackedAtOnce - 1) / kPackedAtOnce;
+  std::vector<double> pack_sums(with_sums ? packs * row_count : 0);
+  cpu_target();  // an unusable PYFT_CPU_TARGET is reported here, not inside a parallel region
+  const int64_t strips = (width + kStripWidth - 1) / kStripWidth;
+  // In memory's terms: a chosen entry costs the cache line that it lies in.
+  const int64_t pack_cost = kPackedAtOnce * std::min(grad.size(1), 16 * row_count);
+  for_each_chunk(equal_tasks(packs, pack_cost), [&](int64_t pack) {
+    pack_rows_cpu(work, pack * kPackedAtOnce, place, with_sums ? pack_sums.data() + pack * row_count : nullptr);
+  });
+  for_each_chunk(equal_tasks(strips, tokens * row_count * kStripWidth / 32),
+                 [&](int64_t strip) { strip_gradient_cpu(work, place, strip); });
+  float* sum = static_cast<float*>(sums.mutable_data_ptr());
+  for (int64_t r = 0; with_sums && r < row_count; ++r) {
+    double total = 0.0;
+    for (int64_t pack = 0; pack < packs; ++pack) {
+      total += pack_sums[pack * row_count + r];
+    }
+    sum[r] = static_cast<float>(total);
+  }
+  return {out, sums};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyft, CPU, library) {
+  library.impl("partial_weight_gradient", TORCH_BOX(&partial_weight_gradient));
+}
+
+}  // namespace pyft
