@@ -354,7 +354,7 @@ void UpdatePlan::fill_constants(const std::vector<RuleHyper>& groups, const std:
     if (alike && count == (counts_[i - 1] == nullptr ? 1.0 : *counts_[i - 1])) {
       update.step = updates_[i - 1].step;
     } else {
-      update.step = step_constants(group, count, fresh_[i]);
+      update.step = step_constants(group, count, fresh_[i], LibraryPower{});
     }
     update.rule = group.rule;
     const double scale = scales.size() == 1 ? scales[0] : scales[i];
