@@ -27,6 +27,15 @@ __device__ __forceinline__ WideDouble warp_sum(WideDouble x) {
   return x;
 }
 
+// In all lanes.
+__device__ __forceinline__ double warp_min(double x) {
+  for (int width = kWarp / 2; width > 0; width /= 2) {
+    const double other = __shfl_xor_sync(kAllLanes, x, width);
+    x = other < x ? other : x;
+  }
+  return x;
+}
+
 __device__ __forceinline__ uint32_t warp_max(uint32_t x) {
   for (int width = kWarp / 2; width > 0; width /= 2) {
     const uint32_t other = __shfl_xor_sync(kAllLanes, x, width);
@@ -68,15 +77,16 @@ __device__ __forceinline__ WideDouble block_sum(WideDouble x, Shared scratch) {
   return sum;
 }
 
-// sums[t] of terms begin[t] .. begin[t + 1] - 1, by one thread block. A barrier makes them visible to it.
-__device__ __forceinline__ void sum_of_each(const double* terms, const int64_t* begin, int64_t count, double* sums) {
+// sums[t] of term(begin[t]) .. term(begin[t + 1] - 1), by one thread block. A barrier makes them visible to it.
+template <class Term>
+__device__ __forceinline__ void sum_of_each(const Term& term, const int64_t* begin, int64_t count, double* sums) {
   for (int64_t t = threadIdx.x; t < count; t += blockDim.x) {
     const int64_t first = load(begin + t), last = load(begin + t + 1);
     if (last - first <= kFewChunks) {
       double sum = 0.0;
 #pragma unroll 4
       for (int64_t c = first; c < last; ++c) {
-        sum += load(terms + c);
+        sum += term(c);
       }
       store(sums + t, sum);
     }
@@ -88,7 +98,7 @@ __device__ __forceinline__ void sum_of_each(const double* terms, const int64_t* 
       double sum = 0.0;
 #pragma unroll 8
       for (int64_t c = first + lane; c < last; c += kWarp) {
-        sum += load(terms + c);
+        sum += term(c);
       }
       sum = warp_sum(sum);
       if (lane == 0) {

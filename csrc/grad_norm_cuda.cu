@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kFinishThreads)
     finish_norm_kernel(DeviceFloatsTable table, const double* partial, double* sums, const double* largest, double p,
                        float* norm) {
   PYFT_SHARED(double, of_warps, 2 * kFinishThreads / kWarp);
-  sum_of_each(partial, table.begin, table.num_tensors, sums);
+  sum_of_each([=](int64_t c) { return load(partial + c); }, table.begin, table.num_tensors, sums);
   __syncthreads();
   WideDouble mine = {0.0, 0.0};
   for (int64_t t = threadIdx.x; t < table.num_tensors; t += kFinishThreads) {

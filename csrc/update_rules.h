@@ -72,7 +72,7 @@ struct RuleHyper {
   // Pull toward the first value, L2-SP: Li, Grandvalet and Davoine, ICML 2018, equation 4.
   double decay_to_init;
 
-  double lr() const { return numbers[0]; }
+  PYFT_HOST_DEVICE double lr() const { return numbers[0]; }
   bool maximize() const { return numbers[kRuleInfo[static_cast<int>(rule)].hyper_count - 1] != 0.0; }
 };
 
