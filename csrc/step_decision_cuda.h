@@ -27,7 +27,7 @@ struct StepDecision {
 // A device's part of the sums over several: high and low part of the sum of squares before tensors and rows are
 // clipped, of that after it, and `bad` or infinity; then the two parts of the latter sum for each group.
 constexpr int kPartNumbers = 5;
-inline int64_t part_size(int64_t num_groups) { return kPartNumbers + 2 * num_groups; }
+PYFT_HOST_DEVICE int64_t part_size(int64_t num_groups) { return kPartNumbers + 2 * num_groups; }
 
 struct DecisionWork {
   // Terms begin[t] .. begin[t + 1] - 1 are sums of squares of parts of tensor t.

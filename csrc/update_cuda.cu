@@ -69,14 +69,16 @@ static_assert(sizeof(StepFloats) == sizeof(RuleStep));
 struct Constants {
   RuleStep step;
   Rule rule;
+  uint32_t moments, signs;
+  bool decoupled;
   uint32_t key;
   float grad_scale, init_pull, clip_value;
   const float* row_factors;
 };
 
 // Places of shared memory.
-enum SharedFloat { kStepAt, kScaleAt = kStepAt + kStepFloats, kPullAt, kSharedFloats };
-enum SharedNumber { kRuleAt, kKeyAt, kSharedNumbers };
+constexpr int kStepAt = 0, kScaleAt = kStepFloats, kPullAt = kScaleAt + 1, kSharedFloats = kPullAt + 1;
+constexpr int kRuleAt = 0, kMomentsAt = 1, kSignsAt = 2, kDecoupledAt = 3, kKeyAt = 4, kSharedNumbers = 5;
 
 __device__ __forceinline__ RuleHyper hyper_of(const DeviceGroup* group) {
   RuleHyper hyper;
@@ -117,8 +119,12 @@ __device__ __forceinline__ void fill_constants(const UpdateWork& work, const Sha
     for (int i = 0; i < kStepFloats; ++i) {
       floats[kStepAt + i] = step.at[i];
     }
-    floats[kPullAt] = init_pull(load(&group->decoupled) != 0, hyper.lr(), hyper.decay_to_init);
+    const bool decoupled = load(&group->decoupled) != 0;
+    floats[kPullAt] = init_pull(decoupled, hyper.lr(), hyper.decay_to_init);
     numbers[kRuleAt] = static_cast<uint32_t>(hyper.rule);
+    numbers[kMomentsAt] = static_cast<uint32_t>(load(&group->has));
+    numbers[kSignsAt] = static_cast<uint32_t>(load(&group->is_signed));
+    numbers[kDecoupledAt] = decoupled;
   }
   const float scale = work.scales == nullptr ? load(work.coef) : load(work.scales + tensor);
   floats[kScaleAt] = load(&group->maximize) != 0 ? -scale : scale;
@@ -135,6 +141,9 @@ __device__ __forceinline__ Constants read_constants(const UpdateWork& work, cons
   }
   return {__builtin_bit_cast(RuleStep, step),
           static_cast<Rule>(static_cast<int8_t>(numbers[kRuleAt])),
+          numbers[kMomentsAt],
+          numbers[kSignsAt],
+          numbers[kDecoupledAt] != 0,
           numbers[kKeyAt],
           floats[kScaleAt],
           t.init() == nullptr ? 0.0f : static_cast<float>(floats[kPullAt]),
@@ -267,12 +276,44 @@ __device__ __forceinline__ void shape_gradient(const Constants& c, int64_t row_l
   }
 }
 
-// One rule on four elements; their moments, in fp32, are left in m.
-template <Rule kRule, class Tensor>
+template <Rule kRule>
+__device__ __forceinline__ void apply_rule(float (&p)[kFour], const float (&g)[kFour], float (&m)[kMoments][kFour],
+                                           const RuleStep& step) {
+#pragma unroll
+  for (int i = 0; i < kFour; ++i) {
+    update_element<kRule>(p[i], g[i], m[0][i], m[1][i], m[2][i], step);
+  }
+}
+
+__device__ __forceinline__ void apply_rule(const Constants& c, float (&p)[kFour], const float (&g)[kFour],
+                                           float (&m)[kMoments][kFour]) {
+#define PYFT_RULE(name) \
+  case Rule::name:      \
+    return apply_rule<Rule::name>(p, g, m, c.step);
+  switch (c.rule) {
+    PYFT_RULE(adamw)
+    PYFT_RULE(adamw_amsgrad)
+    PYFT_RULE(adam)
+    PYFT_RULE(adam_amsgrad)
+    PYFT_RULE(sgd)
+    PYFT_RULE(sgd_momentum)
+    PYFT_RULE(sgd_nesterov)
+    PYFT_RULE(rmsprop)
+    PYFT_RULE(rmsprop_centered)
+    PYFT_RULE(rmsprop_momentum)
+    PYFT_RULE(rmsprop_centered_momentum)
+    PYFT_RULE(adagrad)
+    PYFT_RULE(lion)
+  }
+#undef PYFT_RULE
+}
+
+// One step of four elements; their moments, in fp32, are left in m. Formats and rule are the same for a whole chunk, so
+// that asking for them costs a few instructions beside the wait for memory, and one kernel serves them all.
+template <class Tensor>
 __device__ __forceinline__ void update_four(const Tensor& t, const DeviceFloats& grad, const Constants& c,
                                             const float (&scales)[kMoments], const Place& place,
                                             float (&m)[kMoments][kFour]) {
-  constexpr RuleInfo kInfo = kRuleInfo[static_cast<int>(kRule)];
   // All loads come before what is done with any of them.
   const bool pulled = c.init_pull != 0.0f;
   const WeightFormat weights = t.weights();
@@ -281,7 +322,7 @@ __device__ __forceinline__ void update_four(const Tensor& t, const DeviceFloats&
   Four m_raw[kMoments] = {}, extra = {}, init = {};
 #pragma unroll
   for (int k = 0; k < kMoments; ++k) {
-    if (kInfo.has[k]) {
+    if ((c.moments >> k & 1) != 0) {
       m_raw[k] = load_four(t.moment(k), bytes_of(t.format(k)), place.at, place.count);
     }
   }
@@ -297,25 +338,24 @@ __device__ __forceinline__ void update_four(const Tensor& t, const DeviceFloats&
   shape_gradient(c, t.row_length(), place, g);
 #pragma unroll
   for (int k = 0; k < kMoments; ++k) {
-    if (kInfo.has[k]) {
-      read_moment(t.format(k), kInfo.is_signed[k], m_raw[k], scales[k], m[k]);
-    }
+    read_moment((c.moments >> k & 1) != 0 ? t.format(k) : MomentFormat::fp32, (c.signs >> k & 1) != 0, m_raw[k],
+                scales[k], m[k]);
   }
   if (pulled) {
     widen(init, t.init_format(), pull);
-#pragma unroll
-    for (int i = 0; i < kFour; ++i) {
-      pull[i] = c.init_pull * (p[i] - pull[i]);
-    }
   }
 #pragma unroll
   for (int i = 0; i < kFour; ++i) {
-    float scaled = g[i] * c.grad_scale;
-    if (pulled && !kInfo.decoupled_decay) {
-      scaled = scaled + pull[i];
+    pull[i] = c.init_pull * (p[i] - pull[i]);
+    g[i] = g[i] * c.grad_scale;
+    if (pulled && !c.decoupled) {
+      g[i] = g[i] + pull[i];
     }
-    update_element<kRule>(p[i], scaled, m[0][i], m[1][i], m[2][i], c.step);
-    if (pulled && kInfo.decoupled_decay) {
+  }
+  apply_rule(c, p, g, m);
+  if (pulled && c.decoupled) {
+#pragma unroll
+    for (int i = 0; i < kFour; ++i) {
       p[i] = p[i] - pull[i];
     }
   }
@@ -337,16 +377,15 @@ __device__ __forceinline__ uint32_t largest_size(const Place (&places)[kHalves],
 }
 
 // The kBlock elements from `begin` on, or those below `end`. All lanes of a warp come here together.
-template <Rule kRule, class Tensor>
+template <class Tensor>
 __device__ __forceinline__ void update_block(const Tensor& t, const DeviceFloats& grad, const Constants& c,
                                              int64_t begin, int64_t end) {
-  constexpr RuleInfo kInfo = kRuleInfo[static_cast<int>(kRule)];
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   Place places[kHalves];
   float scales[kMoments] = {}, m[kHalves][kMoments][kFour];
 #pragma unroll
   for (int k = 0; k < kMoments; ++k) {
-    if (kInfo.has[k] && t.format(k) == MomentFormat::int8) {
+    if ((c.moments >> k & 1) != 0 && t.format(k) == MomentFormat::int8) {
       scales[k] = load(in_global(t.scales(k) + begin / kBlock));
     }
   }
@@ -355,15 +394,15 @@ __device__ __forceinline__ void update_block(const Tensor& t, const DeviceFloats
     places[h].at = begin + (h * kWarp + lane) * kFour;
     const int64_t left = end - places[h].at;
     places[h].count = left < 0 ? 0 : left < kFour ? static_cast<int>(left) : kFour;
-    update_four<kRule>(t, grad, c, scales, places[h], m[h]);
+    update_four(t, grad, c, scales, places[h], m[h]);
   }
 #pragma unroll
   for (int k = 0; k < kMoments; ++k) {
-    if (!kInfo.has[k]) {
+    if ((c.moments >> k & 1) == 0) {
       continue;
     }
-    const bool is_signed = kInfo.is_signed[k];
     const MomentFormat format = t.format(k);
+    const bool is_signed = (c.signs >> k & 1) != 0;
     const uint32_t random = random_bits(c.key + static_cast<uint32_t>(k), static_cast<uint32_t>(begin / kBlock));
     uint32_t lowest = 0;
     if (format == MomentFormat::int8) {
@@ -378,39 +417,6 @@ __device__ __forceinline__ void update_block(const Tensor& t, const DeviceFloats
       write_moment(t.moment(k), format, is_signed, places[h], random, lowest, m[h][k]);
     }
   }
-}
-
-template <Rule kRule, class Tensor>
-__device__ __forceinline__ void update_chunk(const Tensor& t, const DeviceFloats& grad, const Constants& c,
-                                             const DeviceChunk& chunk) {
-  const int64_t end = chunk.offset + chunk.length;
-  for (int64_t begin = chunk.offset + threadIdx.x / kWarp * kBlock; begin < end; begin += kWarps * kBlock) {
-    update_block<kRule>(t, grad, c, begin, end);
-  }
-}
-
-template <class Tensor>
-__device__ __forceinline__ void update_by_rule(const Tensor& t, const DeviceFloats& grad, const Constants& c,
-                                               const DeviceChunk& chunk) {
-#define PYFT_RULE(name) \
-  case Rule::name:      \
-    return update_chunk<Rule::name>(t, grad, c, chunk);
-  switch (c.rule) {
-    PYFT_RULE(adamw)
-    PYFT_RULE(adamw_amsgrad)
-    PYFT_RULE(adam)
-    PYFT_RULE(adam_amsgrad)
-    PYFT_RULE(sgd)
-    PYFT_RULE(sgd_momentum)
-    PYFT_RULE(sgd_nesterov)
-    PYFT_RULE(rmsprop)
-    PYFT_RULE(rmsprop_centered)
-    PYFT_RULE(rmsprop_momentum)
-    PYFT_RULE(rmsprop_centered_momentum)
-    PYFT_RULE(adagrad)
-    PYFT_RULE(lion)
-  }
-#undef PYFT_RULE
 }
 
 // The block that is done last moves the counters on, when nobody reads them any more.
@@ -463,7 +469,12 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(UpdateWork work) {
       __syncthreads();
     }
     const SharedTensor<decltype(record + 0)> t{record};
-    update_by_rule(t, load(work.grads + tensor), read_constants(work, t, floats, numbers), chunk);
+    const DeviceFloats grad = load(work.grads + tensor);
+    const Constants constants = read_constants(work, t, floats, numbers);
+    const int64_t end = chunk.offset + chunk.length;
+    for (int64_t begin = chunk.offset + threadIdx.x / kWarp * kBlock; begin < end; begin += kWarps * kBlock) {
+      update_block(t, grad, constants, begin, end);
+    }
   }
   finish_step(work, numbers);
 }

@@ -37,7 +37,8 @@ struct DeviceGroup {
   RuleHyper hyper;
   // In place of hyper.lr() where the learning rate is itself in device memory.
   const float* lr;
-  int32_t decoupled, maximize;
+  // Bit k of the last two: the rule has moment k, and it may be negative.
+  int32_t decoupled, maximize, has, is_signed;
 };
 
 struct UpdateWork {

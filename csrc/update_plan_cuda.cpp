@@ -94,7 +94,12 @@ void CudaUpdatePlan::put_groups(const std::vector<RuleHyper>& groups, const std:
     std::copy(groups[g].numbers, groups[g].numbers + kHyperNumbers, entries[g].hyper.numbers);
     entries[g].hyper.decay_to_init = groups[g].decay_to_init;
     entries[g].lr = lrs.empty() ? nullptr : lrs[g];
-    entries[g].decoupled = kRuleInfo[static_cast<int>(groups[g].rule)].decoupled_decay;
+    const RuleInfo& info = kRuleInfo[static_cast<int>(groups[g].rule)];
+    for (int k = 0; k < kMoments; ++k) {
+      entries[g].has |= info.has[k] << k;
+      entries[g].is_signed |= info.is_signed[k] << k;
+    }
+    entries[g].decoupled = info.decoupled_decay;
     entries[g].maximize = groups[g].maximize();
   }
   if (rules != rules_) {

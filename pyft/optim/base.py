@@ -18,27 +18,10 @@ from pyft.ops.update import check_parameter
 from pyft.optim import state as state_of
 from pyft.optim.backward import BackwardNorms, UpdateHooks
 from pyft.optim.decide import Decision, decide
+from pyft.optim.device_plan import DevicePlan, device_policy, takes_all
 from pyft.optim.options import Settings, StepOptions, checked
+from pyft.optim.report import LastStep
 from pyft.optim.step_plan import GroupStep, Member, StepPlan, add_exactly
-
-
-@dataclass(frozen=True)
-class LastStep:
-    """What the last `step()` did.
-
-    Attributes:
-        total_norm: L2 norm of all gradients, after `clip_value` and before `clip_norm`; None where none was taken.
-        clip_coef: the smallest factor that `clip_norm` applied to any gradient; 1.0 for none.
-        skipped: nothing was updated, since a gradient was not finite; with `step_in_backward`, that parameter.
-        first_bad: the first parameter whose gradient is not finite, "number N" where it has no name; None for none.
-        skipped_steps: how many steps were skipped so far.
-    """
-
-    total_norm: float | None
-    clip_coef: float
-    skipped: bool = False
-    first_bad: str | None = None
-    skipped_steps: int = 0
 
 
 _EVERY_MOMENT = frozenset(name for rule in RULES.values() for name in rule.kept)
