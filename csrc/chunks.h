@@ -81,7 +81,7 @@ struct DeviceChunkTable {
 // As above, the cut of a tensor depends on its own size alone.
 inline DeviceChunkTable cut_for_device(const std::vector<int64_t>& numels) {
   DeviceChunkTable table;
-  for (size_t tensor = 0; tensor < numels.size(); ++tensor) {
+  for (int64_t tensor = 0; tensor < static_cast<int64_t>(numels.size()); ++tensor) {
     const int64_t limit = numels[tensor] >= kLongDeviceTensor ? kLongDeviceChunk : kDeviceChunk;
     for (int64_t offset = 0; offset < numels[tensor]; offset += limit) {
       const int64_t left = numels[tensor] - offset;

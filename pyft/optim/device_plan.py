@@ -18,7 +18,7 @@ from pyft.ops.rules import Rule
 from pyft.ops.update import SLOTS, fits_core, in_layout_of, slots_of
 from pyft.optim.options import Settings
 from pyft.optim.report import LastStep
-from pyft.optim.step_plan import GroupStep, Member, check_shape, refuse_sparse, rows_are_runs
+from pyft.optim.step_plan import GroupStep, Member, add_exactly, check_shape, refuse_sparse, rows_are_runs
 
 # csrc/step_decision_cuda.h, StepDecision.
 _DECISION = struct.Struct("<qqddqqfI")
@@ -218,7 +218,7 @@ class DevicePlan:
             # Alive until they are used.
             self._lrs = [lr.to(of_one.decision.device, torch.float32, non_blocking=True) for lr in lrs.values()]
             of_one.core_plan.take_norms(
-                [group.for_core for group in groups],
+                [group.for_device for group in groups],
                 tensor_handles(self._lrs) if self._lrs else [],
                 list(lrs),
                 clip,
@@ -259,3 +259,52 @@ class DevicePlan:
     def skipped(self) -> Tensor:
         """How many steps of this plan were not taken, () int64 on its GPU: a copy."""
         return self.devices[0].decision[0].clone()
+
+    def first_bad(self) -> int:
+        """Number of the first parameter whose gradient is not finite, -1 for none. Waits for the GPU."""
+        return int(_DECISION.unpack(self.devices[0].decision.cpu().numpy().tobytes())[4])
+
+
+class BackwardReport(DeviceReport):
+    """`LastStep` over parameters that were updated in backward, each by a plan of its own."""
+
+    def __init__(self, reports: list[DeviceReport], on_host: LastStep, skipped_steps: Any) -> None:
+        super().__init__([], True, str, 0)
+        self._reports, self._on_host, self._skipped_steps = reports, on_host, skipped_steps
+
+    def keep(self) -> None:
+        for report in self._reports:
+            report.keep()
+
+    def read(self) -> LastStep:
+        if self._found is None:
+            every = [self._on_host, *[report.read() for report in self._reports]]
+            norms = [one.total_norm for one in every if one.total_norm is not None]
+            self._found = LastStep(
+                math.sqrt(add_exactly([norm**2 for norm in norms])) if norms else None,
+                min(one.clip_coef for one in every),
+                any(one.skipped for one in every),
+                next((one.first_bad for one in every if one.first_bad is not None), None),
+                int(self._skipped_steps),
+            )
+            self._reports = []
+        return self._found
+
+
+def reports_together(
+    plans: list[DevicePlan], name: Callable[[int], str], on_host: LastStep, skipped_before: Any
+) -> tuple[DeviceReport, Any]:
+    """The report of all plans of one backward, and how many steps were skipped so far, still on a GPU."""
+    device = plans[0].devices[0].decision.device
+    flags = [plan.devices[0].decision[5].to(device, non_blocking=True) for plan in plans]
+    skipped = torch.stack(flags).amax().clamp(min=int(on_host.skipped)) + skipped_before
+    reports = [plan.report(name, 0) for plan in plans]
+    return BackwardReport(reports, on_host, skipped), skipped
+
+
+def refuse_capture() -> None:
+    """Raise a RuntimeError while a CUDA graph is captured."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "on_nonfinite='raise' looks at the result of every step, which a CUDA graph cannot; use 'skip'"
+        )

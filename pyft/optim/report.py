@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class LastStep:
@@ -22,3 +24,12 @@ class LastStep:
     skipped: bool = False
     first_bad: str | None = None
     skipped_steps: int = 0
+
+
+def nonfinite_message(name: str, param: Tensor, total_norm: float | None) -> str:
+    """What a refused step says."""
+    return (
+        f"the gradients have total norm {total_norm}; the first that is not finite belongs to parameter {name} of shape "
+        f"{tuple(param.shape)}. Nothing was updated. Lower the learning rate, look for NaN in the inputs, or train in "
+        "fp32"
+    )

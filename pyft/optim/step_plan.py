@@ -39,17 +39,27 @@ class GroupStep:
     rule: Rule
     numbers: tuple[float, ...]
     decay_to_init: float
-    # A learning rate that is on a GPU, in the place of that in `numbers`.
+    # A learning rate that is on a GPU, in the place of the first of `numbers`.
     lr: Tensor | None = None
 
     @property
+    def known_numbers(self) -> tuple[float, ...]:
+        """`numbers` with the learning rate, which is waited for where it is on a GPU."""
+        return self.numbers if self.lr is None else (float(self.lr), *self.numbers[1:])
+
+    @property
     def for_core(self) -> tuple[str, tuple[float, ...], float]:
-        """As the core takes it."""
+        """As the CPU's core takes it."""
+        return self.rule.name, self.known_numbers, self.decay_to_init
+
+    @property
+    def for_device(self) -> tuple[str, tuple[float, ...], float]:
+        """As the core of a GPU takes it, beside `lr`."""
         return self.rule.name, self.numbers, self.decay_to_init
 
 
 class StepPlan:
-    """One step of a fixed list of parameters. Parameters that the core cannot take run in PyTorch.
+    """One step of a fixed list of parameters: on the CPU's core, or in PyTorch those that it cannot take.
 
     Args:
         members: the parameters with a gradient.
@@ -85,6 +95,7 @@ class StepPlan:
         on_core = [
             core is not None
             and not rules[member.group].factored
+            and member.param.is_cpu
             and fits_core(member.param, member.state)
             and not (by_rows and not rows_are_runs(member.param))
             for member in members
@@ -145,7 +156,8 @@ class StepPlan:
             fast = list(fast)
             for i in to_be_copied:
                 check_shape(self.fast_params[i], fast[i])
-                grad = fast[i] if core_takes(fast[i]) else fast[i].to(device="cpu", dtype=torch.float32)
+                takes = fast[i].is_cpu and core_takes(fast[i])
+                grad = fast[i] if takes else fast[i].to(device="cpu", dtype=torch.float32)
                 fast[i] = in_layout_of(self.fast_params[i], grad)
             self.relaid = fast
             to_be_copied = self.core_plan.set_gradients(tensor_handles(fast))
@@ -204,7 +216,7 @@ class StepPlan:
                 member.state["step"] += 1
             step = Step(
                 group.rule,
-                group.numbers,
+                group.known_numbers,
                 group.decay_to_init,
                 scales if isinstance(scales, float) else scales[i],
                 clip_value,
