@@ -19,6 +19,16 @@ SHAPES = [(30, 20), (7,), (4, 3, 3, 3), (0,), (), (257,)]
 Tensors = Iterable[torch.Tensor]
 
 
+@pytest.fixture(autouse=True)
+def plans_of_the_emulated_gpu(emulation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --cuda-emulation, parameters on the CPU are taken for ones on a GPU."""
+    if emulation is not None:
+        from pyft.core.loader import load_cuda_core
+        from pyft.optim import device_plan
+
+        monkeypatch.setattr(device_plan, "device_core", lambda param: load_cuda_core())
+
+
 @pytest.fixture
 def make_params() -> Callable[..., list[torch.nn.Parameter]]:
     """make_params(seed=0, dtype=float32, shapes=SHAPES): standard normal parameters."""
