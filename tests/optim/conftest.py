@@ -20,13 +20,22 @@ Tensors = Iterable[torch.Tensor]
 
 
 @pytest.fixture(autouse=True)
-def plans_of_the_emulated_gpu(emulation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With --cuda-emulation, parameters on the CPU are taken for ones on a GPU."""
-    if emulation is not None:
-        from pyft.core.loader import load_cuda_core
-        from pyft.optim import device_plan
+def plans_of_the_emulated_gpu(emulation: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --cuda-emulation, parameters on the CPU are taken for ones on a GPU; what is not finite is treated as there.
 
-        monkeypatch.setattr(device_plan, "device_core", lambda param: load_cuda_core())
+    Tests that ask for the backend "reference" have that.
+    """
+    if (
+        emulation is None
+        or getattr(getattr(request.node, "callspec", None), "params", {}).get("backend") == "reference"
+    ):
+        return
+    from pyft.core.loader import load_cuda_core
+    from pyft.optim import base, device_plan
+
+    monkeypatch.setattr(device_plan, "device_core", lambda param: load_cuda_core())
+    for module in (base, device_plan):
+        monkeypatch.setattr(module, "device_policy", lambda settings: settings.policy)
 
 
 @pytest.fixture
