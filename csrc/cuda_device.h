@@ -11,6 +11,17 @@
 
 namespace pyft {
 
+// The device whose kernels a library brings. Emulated ones take the place of the CPU's.
+#ifdef PYFT_CUDA_EMULATION
+#define PYFT_CUDA_KEY CPU
+constexpr const char* kCudaDevice = "the CPU";
+inline bool on_cuda(const torch::stable::Tensor& tensor) { return tensor.is_cpu(); }
+#else
+#define PYFT_CUDA_KEY CUDA
+constexpr const char* kCudaDevice = "a CUDA device";
+inline bool on_cuda(const torch::stable::Tensor& tensor) { return tensor.is_cuda(); }
+#endif
+
 // The device of `tensor` is current while this lives, and `stream()` is torch's current stream there.
 class CudaDevice {
  public:
