@@ -9,8 +9,9 @@
 #include "emulated_runtime.h"
 #include "emulated_warp.h"
 
-#define PYFT_LAUNCH(kernel, grid, block, stream, ...) \
-  ::cuda_emulation::launch(#kernel, kernel, grid, block, stream, __VA_ARGS__)
+#define PYFT_LAUNCH(kernel, grid, block, stream, ...)                                                                \
+  ::cuda_emulation::launch(::cuda_emulation::kernel_name(#kernel, __PRETTY_FUNCTION__), kernel, grid, block, stream, \
+                           __VA_ARGS__)
 #define PYFT_SHARED(type, name, count)      \
   static const char name##_declaration = 0; \
   const auto name = ::cuda_emulation::shared_array<type>(&name##_declaration, #name, count)

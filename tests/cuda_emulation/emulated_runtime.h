@@ -32,6 +32,9 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor = 75,
   cudaDevAttrComputeCapabilityMinor = 76
 };
+// Of the toolkit whose interface this is.
+#define CUDART_VERSION 13000
+
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
 
@@ -53,6 +56,14 @@ inline cudaError_t give(cudaError_t error) {
   return error;
 }
 
+// The kernel as the source names it, and what the template arguments in that name are.
+inline std::string kernel_name(const std::string& kernel, const std::string& launcher) {
+  const size_t with = launcher.find(" [with ");
+  const bool parenthesised = !kernel.empty() && kernel.front() == '(' && kernel.back() == ')';
+  const std::string name = parenthesised ? kernel.substr(1, kernel.size() - 2) : kernel;
+  return with == std::string::npos || name.find('<') == std::string::npos ? name : name + launcher.substr(with);
+}
+
 inline bool fits(dim3 grid, dim3 threads) {
   const uint64_t count = uint64_t{threads.x} * threads.y * threads.z;
   return grid.x > 0 && grid.y > 0 && grid.z > 0 && grid.x <= 0x7fffffffu && grid.y <= 65535 && grid.z <= 65535 &&
@@ -71,7 +82,7 @@ inline std::vector<uint64_t> order_of_blocks(uint64_t count) {
   return order;
 }
 
-inline void run_grid(const char* kernel, dim3 grid, dim3 threads, const std::function<void()>& body) {
+inline void run_grid(const std::string& kernel, dim3 grid, dim3 threads, const std::function<void()>& body) {
   gridDim = grid;
   blockDim = threads;
   races.begin_launch();
@@ -89,7 +100,7 @@ inline void run_grid(const char* kernel, dim3 grid, dim3 threads, const std::fun
 
 // Throws Error where a kernel does what it must not.
 template <class... Parameters, class... Arguments>
-cudaError_t launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 threads, cudaStream_t,
+cudaError_t launch(const std::string& name, void (*kernel)(Parameters...), dim3 grid, dim3 threads, cudaStream_t,
                    Arguments... arguments) {
   const std::lock_guard guard(one_launch_at_a_time);
   ++counters.launches;
@@ -134,6 +145,22 @@ inline const char* cudaGetErrorString(cudaError_t error) {
       return "invalid device ordinal";
     default:
       return "unspecified launch failure";
+  }
+}
+inline const char* cudaGetErrorName(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "cudaSuccess";
+    case cudaErrorInvalidValue:
+      return "cudaErrorInvalidValue";
+    case cudaErrorMemoryAllocation:
+      return "cudaErrorMemoryAllocation";
+    case cudaErrorInvalidConfiguration:
+      return "cudaErrorInvalidConfiguration";
+    case cudaErrorInvalidDevice:
+      return "cudaErrorInvalidDevice";
+    default:
+      return "cudaErrorLaunchFailure";
   }
 }
 inline cudaError_t cudaGetDevice(int* device) {
