@@ -3,6 +3,8 @@
 // is_here() knows it.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
 #include <tuple>
 
 #include "bit_masks_math.h"
