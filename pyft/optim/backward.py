@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pyft.core.loader import load_core
@@ -55,7 +56,7 @@ class BackwardNorms:
                 return
         grad = param.grad
         core = load_core() if handles_available() else None
-        if grad is None or core is None or not core_takes(grad):
+        if grad is None or core is None or not (grad.is_cpu and core_takes(grad)):
             return
         value, place, element = core.sum_of_squares(tensor_handles([grad]), self.clip_value)
         setattr(grad, _ATTRIBUTE, (value, place, element, self.clip_value, grad._version, grad.data_ptr()))
@@ -140,3 +141,13 @@ class UpdateHooks:
         for handle in self._handles.values():
             handle.remove()
         self._handles = {}
+
+
+def refuse_several_processes() -> None:
+    """Raise a ValueError where gradients are yet to be averaged over processes."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise ValueError(
+            "step_in_backward=True in several processes would update before gradients are averaged over them; use "
+            "step_in_backward=False"
+        )
