@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <cstdint>
 #include <optional>
 #include <tuple>
 
@@ -19,6 +20,7 @@ FloatFormat format_of(const Tensor& x, const char* name) {
   const auto format = float_format(view_of(x.get()).dtype);
   STD_TORCH_CHECK(on_cuda(x) && x.dim() == 2 && format.has_value(), name,
                   " must be a float32, bfloat16 or float16 matrix on ", kCudaDevice);
+  STD_TORCH_CHECK(x.size(1) < INT32_MAX, name, " has ", x.size(1), " columns; less than 2^31 are supported");
   return *format;
 }
 

@@ -42,19 +42,21 @@ __device__ __forceinline__ int64_t column_of(const Tiling& tiling, int64_t tile,
   return tile * tiling.across * kLength<Element> + (vector ? lane * kLength<Element> + i : i * tiling.across + lane);
 }
 
-// Where a thread's columns are in a row of the full matrix, in elements; -1 beyond the last.
+// A thread's columns in the full matrix; -1 beyond the last. Their numbers fit 32 bits: 64 would be spilled.
 template <class Element>
 struct Places {
-  int64_t at[kLength<Element>];
+  int at[kLength<Element>];
+  int64_t stride;
   bool together;
 
   __device__ __forceinline__ Places(const Tiling& tiling, int64_t tile, bool vector, const int64_t* columns,
-                                    int64_t count, int64_t stride, bool aligned) {
+                                    int64_t count, int64_t column_stride, bool aligned)
+      : stride(column_stride) {
     together = vector && aligned;
 #pragma unroll
     for (int i = 0; i < kLength<Element>; ++i) {
       const int64_t c = column_of<Element>(tiling, tile, vector, i);
-      at[i] = c >= count ? -1 : (columns == nullptr ? c : load(columns + c)) * stride;
+      at[i] = c >= count ? -1 : static_cast<int>(columns == nullptr ? c : load(columns + c));
       together = together && at[i] == at[0] + i;
     }
     together = together && at[0] >= 0 && at[0] % kLength<Element> == 0;
@@ -68,7 +70,7 @@ struct Places {
 #pragma unroll
     for (int i = 0; i < kLength<Element>; ++i) {
       if (at[i] >= 0) {
-        values.at[i] = load(row + at[i]);
+        values.at[i] = load(row + at[i] * stride);
       }
     }
     return values;
@@ -82,11 +84,14 @@ struct Places {
 #pragma unroll
     for (int i = 0; i < kLength<Element>; ++i) {
       if (at[i] >= 0) {
-        store(row + at[i], values.at[i]);
+        store(row + at[i] * stride, values.at[i]);
       }
     }
   }
 };
+
+// Two blocks at once leave a thread 128 registers; left to choose, ptxas takes fewer and spills.
+constexpr int kBlocks = 2;
 
 // Work(tile, slab) for each of this block.
 template <class Work>
@@ -102,6 +107,8 @@ __device__ __forceinline__ void for_each_row(const Tiling& tiling, int64_t slab,
                                              const Write& write) {
   const int down = tiling.down();
   const int64_t first = slab * down * kRows + static_cast<int>(threadIdx.x) / tiling.across;
+  // Unrolled once more it would spill.
+#pragma unroll 1
   for (int r = 0; r < kRows; r += kAtOnce<Element>) {
     Vector<Element, kLength<Element>> values[kAtOnce<Element>] = {};
 #pragma unroll
@@ -135,7 +142,7 @@ __device__ __forceinline__ void sum_down(const Tiling& tiling, Sums& sums, int l
 }
 
 template <class Element, bool kSum>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     gather_kernel(ColumnGather gather, Tiling tiling, bool vector, bool aligned) {
   constexpr int kN = kLength<Element>;
   PYFT_SHARED(float, sums, kSum ? kThreads * kN : 1);
@@ -201,7 +208,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class Element>
-__global__ void __launch_bounds__(kThreads) write_part_kernel(PartWrite job, Tiling tiling, bool vector, bool aligned) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    write_part_kernel(PartWrite job, Tiling tiling, bool vector, bool aligned) {
   Element* full = static_cast<Element*>(job.full.data);
   const Element* part = static_cast<const Element*>(job.part.data);
   for_each_tile(tiling, [&](int64_t tile, int64_t slab) {

@@ -9,7 +9,7 @@
 
 namespace pyft {
 
-// A matrix in device memory; strides in elements.
+// A matrix in device memory, of less than 2^31 columns; strides in elements.
 template <class Pointer>
 struct StridedMatrix {
   Pointer data;

@@ -10,6 +10,8 @@ from pyft.ops.library import LIBRARY, define
 define("gather_columns(Tensor x, Tensor columns, bool with_sums) -> (Tensor, Tensor)")
 define("write_part_(Tensor(a!) full, Tensor part, Tensor? rows, Tensor? columns) -> ()")
 
+# The kernels count columns in 32 bits.
+_MOST_COLUMNS = 2**31 - 2
 _FORMATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -70,7 +72,7 @@ def gather_columns(x: Tensor, columns: Tensor, with_sums: bool = False) -> tuple
     (tensor([[3., 1.],
             [6., 4.]]), tensor([9., 5.]))
     """
-    if _core(x):
+    if _core(x) and x.shape[1] <= _MOST_COLUMNS:
         return torch.ops.pyft.gather_columns(x, columns.contiguous(), with_sums)
     return gather_columns_reference(x, columns, with_sums)
 
@@ -104,7 +106,7 @@ def write_part_(full: Tensor, part: Tensor, rows: Tensor | None = None, columns:
 def _as_matrices(full: Tensor, part: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """Both as matrices over the same memory, or None where a row is not one run of elements in both."""
     if full.ndim == 2:
-        return full, part
+        return (full, part) if full.shape[1] <= _MOST_COLUMNS else None
     if columns is not None and full.shape[2:].numel() != 1:
         return None
     if full.ndim == 1:
@@ -114,6 +116,8 @@ def _as_matrices(full: Tensor, part: Tensor, columns: Tensor | None) -> tuple[Te
     if not all(runs) or _order(one) != _order(other):
         return None
     length = one.numel()
+    if length > _MOST_COLUMNS:
+        return None
     return (
         full.as_strided((full.shape[0], length), (full.stride(0), 1)),
         part.as_strided((part.shape[0], length), (part.stride(0), 1)),
