@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -129,9 +128,8 @@ def test_ptx_calls_nothing(library: Path) -> None:
     assert not calls, "\n".join(calls[:5])
 
 
-def test_first_compile_for_one_arch_takes_at_most_a_minute(tmp_path: Path, library: Path) -> None:
-    """Measured where the build of two archs above was not taken from the cache; it takes longer than one."""
+def test_two_archs_compile_in_two_minutes(library: Path) -> None:
+    """The aim is a minute for the one arch of a user's GPU, on two cores."""
     marker = json.loads(library.with_name("complete.json").read_text())
-    if time.time() - marker["time"] > 600:
-        pytest.skip("taken from the cache")
-    assert marker["seconds"] <= 60.0 * 2, marker
+    assert marker["archs"] == list(ARCHS)
+    assert marker["seconds"] <= 120.0
