@@ -153,7 +153,7 @@ def _load_once(name: str) -> _Outcome:
 def _load(module: str) -> ModuleType:
     from pyft.core.compile import BuildError, build_cached
 
-    config = _config(module)
+    config = ahead_config(module)
     library, reason = ahead_of_time(config)
     if library is not None:
         try:
@@ -165,7 +165,7 @@ def _load(module: str) -> ModuleType:
     return import_library(build_cached(buildable(config)), module)
 
 
-def _config(module: str = MODULE) -> BuildConfig:
+def ahead_config(module: str = MODULE) -> BuildConfig:
     """What an ahead-of-time build must fit. For CUDA it names no nvcc and no archs yet: `buildable` adds them."""
     from pyft.core.compile import BuildError
 
@@ -256,7 +256,7 @@ def core_status(module: str = MODULE) -> CoreStatus:
 
     off = core_mode() == "off"
     try:
-        config = _config(module)
+        config = ahead_config(module)
         library, why_not = ahead_of_time(config)
         if not off and library is None:
             config = buildable(config)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyft.ops.library import LIBRARY, define
+from pyft.ops.masked_rows import gather_columns
 
 define(
     "partial_linear(Tensor input, Tensor weight, Tensor? bias, Tensor weight_part, Tensor? bias_part, Tensor? rows, "
@@ -85,8 +86,12 @@ def _linear_backward(
         grad_bias = flat.sum(0)
     if wanted[2] and blocks is not None:
         part = _block_gradients(flat, kept.reshape(-1, kept.shape[-1]), blocks, block_size)
+    elif rows is not None and (wanted[2] or wanted[3]):
+        chosen, sums = gather_columns(flat, rows, wanted[3])
+        part = chosen.t().mm(kept.reshape(-1, kept.shape[-1])) if wanted[2] else part
+        bias_part = sums if wanted[3] else bias_part
     elif wanted[2] or wanted[3]:
-        chosen = pick(flat, 1, rows, row_start, row_count)
+        chosen = pick(flat, 1, None, row_start, row_count)
         part = chosen.t().mm(kept.reshape(-1, kept.shape[-1])) if wanted[2] else part
         bias_part = chosen.sum(0) if wanted[3] else bias_part
     return grad_input, grad_bias, part, bias_part
@@ -123,12 +128,20 @@ def _linear_backward_fake(
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, _, weight_part, bias_part, rows, row_start, columns, blocks, block_size = inputs
     needs = ctx.needs_input_grad
-    kept = input if columns is None or not needs[3] else input.index_select(-1, columns)
+    kept = input if columns is None or not needs[3] else _chosen_columns(input, columns)
     # Where the weight needs no gradient its input is not kept.
     kept = kept if needs[3] else input.new_empty((0, 1))
     ctx.save_for_backward(kept, weight if needs[0] else None, rows, blocks)
     ctx.row_start, ctx.row_count, ctx.block_size = row_start, weight_part.shape[0], block_size
     ctx.dtypes = (weight_part.dtype, None if bias_part is None else bias_part.dtype)
+
+
+def _chosen_columns(input: Tensor, columns: Tensor) -> Tensor:
+    """(..., c) of an input (..., K)."""
+    if input.ndim < 2:
+        return input.index_select(-1, columns)
+    flat = gather_columns(input.detach().reshape(-1, input.shape[-1]), columns)[0]
+    return flat.reshape(*input.shape[:-1], len(columns))
 
 
 def _linear_formula(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
