@@ -126,6 +126,11 @@ class DeviceReport:
         return _itself, (self.read(),)
 
 
+def read(report: LastStep | DeviceReport | None) -> LastStep | None:
+    """The report itself. Waits for the GPU, where it is there."""
+    return report.read() if isinstance(report, DeviceReport) else report
+
+
 def _itself(report: LastStep) -> LastStep:
     return report
 

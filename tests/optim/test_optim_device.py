@@ -150,7 +150,9 @@ def test_bytes_of_an_element(gpu: Any, dtype: torch.dtype, options: Any, more: A
     assert len(traffic) == 3
     moved = sum(32 * (kernel.loads.sectors + kernel.stores.sectors) for kernel in traffic.values())
     # The rest: the chunk table, the sums of chunks, and 8-bit moments' scales.
-    assert want <= moved / size < want * 1.02 + 0.15
+    # Of a sector of scales each warp takes one; neighbours share it in the cache.
+    scales = 0.5 if options.get("state_dtype") == "int8" else 0.0
+    assert want <= moved / size - scales < want * 1.02 + 0.15
     if dtype == torch.float32 and not options:
         for name in ("sum_kernel", "update_kernel"):
             kernel = next(one for key, one in traffic.items() if name in key)
