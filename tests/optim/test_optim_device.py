@@ -279,6 +279,17 @@ def test_the_grid_changes_no_bit(gpu: Any) -> None:
         assert all(torch.equal(a, b) for a, b in zip(other[1], runs[0][1], strict=True))
 
 
+def test_chunks_of_a_long_tensor(gpu: Any) -> None:
+    size = (1 << 23) + 5
+    param = torch.nn.Parameter(torch.ones(size, dtype=torch.bfloat16))
+    param.grad = torch.full_like(param, 0.5)
+    gpu.set(races=False, processors=4)
+    optimizer = pyft.optim.SGD([param], lr=0.5, on_nonfinite="skip")
+    optimizer.step()
+    assert optimizer.last_step.total_norm == math.sqrt(size * 0.25)
+    assert (param == 0.75).all()
+
+
 def test_a_launch_that_fails_names_the_op(gpu: Any) -> None:
     optimizer = pyft.optim.AdamW(parameters(2))
     gpu.fail_next_launch(719)
