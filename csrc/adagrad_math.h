@@ -23,7 +23,7 @@ PYFT_HOST_DEVICE void adagrad_element(float& param, float scaled_grad, float& su
   sum = total;
 }
 
-inline AdagradStep step_constants(const AdagradHyper& hyper, double step) {
+PYFT_HOST_DEVICE AdagradStep step_constants(const AdagradHyper& hyper, double step) {
   AdagradStep h;
   h.lr = static_cast<float>(hyper.lr / (1.0 + (step - 1.0) * hyper.lr_decay));
   h.eps = static_cast<float>(hyper.eps);

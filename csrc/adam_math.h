@@ -46,15 +46,16 @@ PYFT_HOST_DEVICE void adam_element(float& param, float scaled_grad, float& exp_a
   exp_avg_sq = v;
 }
 
-inline AdamStep step_constants(const AdamHyper& hyper, double step) {
+template <class Power>
+PYFT_HOST_DEVICE AdamStep step_constants(const AdamHyper& hyper, double step, const Power& power) {
   AdamStep h;
   h.decay = static_cast<float>(1.0 - hyper.lr * hyper.weight_decay);
   h.weight_decay = static_cast<float>(hyper.weight_decay);
   h.one_minus_beta1 = static_cast<float>(1.0 - hyper.beta1);
   h.beta2 = static_cast<float>(hyper.beta2);
   h.one_minus_beta2 = static_cast<float>(1.0 - hyper.beta2);
-  h.step_size = static_cast<float>(hyper.lr / (1.0 - std::pow(hyper.beta1, step)));
-  h.inv_sqrt_bias_correction2 = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(hyper.beta2, step)));
+  h.step_size = static_cast<float>(hyper.lr / (1.0 - power(hyper.beta1, step)));
+  h.inv_sqrt_bias_correction2 = static_cast<float>(1.0 / std::sqrt(1.0 - power(hyper.beta2, step)));
   h.eps = static_cast<float>(hyper.eps);
   return h;
 }

@@ -2,80 +2,32 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cmath>
-
 #include "cpu_target.h"
 #include "held_state.h"
+#include "plan_bindings.h"
 #include "update_plan.h"
 
 namespace py = pybind11;
 
 namespace {
 
-// Capsules as made by torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors: each holds a new reference, taken over here.
-pyft::OwnedHandles borrow(const py::list& handles) {
-  pyft::OwnedHandles owned(handles.size());
-  for (const py::handle& handle : handles) {
-    owned.take(static_cast<AtenTensorHandle>(PyCapsule_GetPointer(handle.ptr(), nullptr)));
-  }
-  return owned;
-}
-
-std::vector<torch::stable::Tensor> take(const py::list& handles) {
-  std::vector<torch::stable::Tensor> tensors;
-  tensors.reserve(handles.size());
-  for (const py::handle& handle : handles) {
-    tensors.emplace_back(static_cast<AtenTensorHandle>(PyCapsule_GetPointer(handle.ptr(), nullptr)));
-  }
-  return tensors;
-}
-
-// (rule, numbers, decay_to_init) for each group.
-using GroupTuple = std::tuple<std::string, std::vector<double>, double>;
-
-std::vector<pyft::RuleHyper> unpack(const std::vector<GroupTuple>& groups) {
-  std::vector<pyft::RuleHyper> unpacked;
-  for (const auto& [rule, numbers, decay_to_init] : groups) {
-    pyft::RuleHyper hyper{pyft::rule_by_name(rule), {}, decay_to_init};
-    if (static_cast<int>(numbers.size()) != pyft::kRuleInfo[static_cast<int>(hyper.rule)].hyper_count) {
-      throw py::value_error(rule + " does not take " + std::to_string(numbers.size()) + " numbers");
-    }
-    std::copy(numbers.begin(), numbers.end(), hyper.numbers);
-    unpacked.push_back(hyper);
-  }
-  return unpacked;
-}
-
-// `none`: there is no limit.
-float limit(const std::optional<double>& clip_value) {
-  return clip_value.has_value() ? static_cast<float>(*clip_value) : INFINITY;
-}
-
 pyft::UpdatePlan make_plan(const py::list& params, std::vector<int64_t> present, const py::list& state,
                            std::vector<int64_t> groups, std::vector<int64_t> numbers, std::vector<bool> fresh,
                            int64_t seed, const std::string& weights) {
-  pyft::PlanInput input;
-  input.params = take(params);
-  input.present = std::move(present);
-  input.state = take(state);
-  input.groups = std::move(groups);
-  input.numbers = std::move(numbers);
-  input.fresh = std::move(fresh);
-  input.seed = seed;
-  input.weights = pyft::weight_mode_by_name(weights);
-  return pyft::UpdatePlan(std::move(input));
+  return pyft::UpdatePlan(pyft::plan_input(params, std::move(present), state, std::move(groups), std::move(numbers),
+                                           std::move(fresh), seed, weights));
 }
 
 const std::vector<double>& sums_of_squares(pyft::UpdatePlan& plan, std::optional<double> clip_value,
                                            const std::vector<double>& known) {
   py::gil_scoped_release release;
-  return plan.sums_of_squares(limit(clip_value), known);
+  return plan.sums_of_squares(pyft::limit(clip_value), known);
 }
 
 // For steps that need no more than the norm over all gradients.
 double total_of_squares(pyft::UpdatePlan& plan, std::optional<double> clip_value) {
   py::gil_scoped_release release;
-  plan.sums_of_squares(limit(clip_value), {});
+  plan.sums_of_squares(pyft::limit(clip_value), {});
   return plan.total();
 }
 
@@ -83,18 +35,18 @@ py::tuple clip_rows(pyft::UpdatePlan& plan, std::optional<double> clip_value, do
   std::vector<double> sums, clipped, smallest;
   {
     py::gil_scoped_release release;
-    sums = plan.clip_rows(limit(clip_value), clipping, eps, clipped, smallest);
+    sums = plan.clip_rows(pyft::limit(clip_value), clipping, eps, clipped, smallest);
   }
   return py::make_tuple(std::move(sums), std::move(clipped), std::move(smallest));
 }
 
 // free: handles of the gradients, each given up when its tensor is done; or an empty list.
-void step(pyft::UpdatePlan& plan, const std::vector<GroupTuple>& groups, const std::vector<double>& scales,
+void step(pyft::UpdatePlan& plan, const std::vector<pyft::GroupTuple>& groups, const std::vector<double>& scales,
           std::optional<double> clip_value, const py::list& free) {
-  const auto unpacked = unpack(groups);
-  pyft::OwnedHandles handles = borrow(free);
+  const auto unpacked = pyft::unpack(groups);
+  pyft::OwnedHandles handles = pyft::borrow(free);
   py::gil_scoped_release release;
-  plan.step(unpacked, scales, limit(clip_value), true, free.empty() ? nullptr : &handles);
+  plan.step(unpacked, scales, pyft::limit(clip_value), true, free.empty() ? nullptr : &handles);
 }
 
 float element_of(const pyft::FloatData& x, int64_t place) {
@@ -119,13 +71,13 @@ pyft::FloatData float_data(const pyft::TensorView& view) {
 // Sum of squares of one tensor, and a place that tells whether it was scaled afterwards: the first element in memory
 // that is not 0, or -1, and its value.
 std::tuple<double, int64_t, float> sum_of_squares(const py::list& handle, std::optional<double> clip_value) {
-  const pyft::OwnedHandles owned = borrow(handle);
+  const pyft::OwnedHandles owned = pyft::borrow(handle);
   const pyft::TensorView view = pyft::view_of(owned[0]);
   const pyft::FloatData data = float_data(view);
   py::gil_scoped_release release;
   const pyft::ChunkTable table = pyft::cut_into_chunks({view.numel()});
   std::vector<double> partial;
-  pyft::sum_of_squares_per_chunk(table, {data}, limit(clip_value), partial);
+  pyft::sum_of_squares_per_chunk(table, {data}, pyft::limit(clip_value), partial);
   const double sum = pyft::sum_per_tensor(table, partial, 1)[0];
   for (size_t c = 0; c < partial.size(); ++c) {
     const pyft::Chunk& chunk = table.chunks[c];
@@ -140,7 +92,7 @@ std::tuple<double, int64_t, float> sum_of_squares(const py::list& handle, std::o
 
 // The element of each tensor at its place in memory; 0 where the place is -1.
 std::vector<float> elements(const py::list& handles, const std::vector<int64_t>& places) {
-  const pyft::OwnedHandles owned = borrow(handles);
+  const pyft::OwnedHandles owned = pyft::borrow(handles);
   std::vector<float> found;
   for (size_t i = 0; i < owned.size(); ++i) {
     const pyft::TensorView view = pyft::view_of(owned[i]);
@@ -175,7 +127,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       .def("set_gradients",
            [](pyft::UpdatePlan& plan, const py::list& grads) -> py::object {
              std::vector<int64_t> to_be_copied;
-             const bool fits = plan.set_gradients(borrow(grads), to_be_copied);
+             const bool fits = plan.set_gradients(pyft::borrow(grads), to_be_copied);
              return fits ? py::cast(to_be_copied) : py::none();
            })
       .def("sums_of_squares", &sums_of_squares)

@@ -7,8 +7,6 @@
 
 namespace pyft {
 
-enum class BitTest { relu, positive, inside };
-
 // All work on elements offset .. offset + length - 1, `offset` a multiple of 8; `bits` begins at element 0. The same
 // bits for every CPU target. Inputs and outputs of one call have one format.
 

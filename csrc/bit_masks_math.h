@@ -12,6 +12,8 @@ namespace pyft {
 
 constexpr int64_t kMaskBlock = 64;
 
+enum class BitTest { relu, positive, inside };
+
 // torch's threshold_backward stops the gradient where output <= 0, so NaN lets it through.
 struct ReluTest {
   PYFT_HOST_DEVICE bool operator()(float x) const { return !(x <= 0.0f); }
@@ -29,11 +31,15 @@ struct InsideTest {
   PYFT_HOST_DEVICE bool operator()(float x) const { return (x > low) & (x < high); }
 };
 
-// As torch: NaN and -0 stay what they are.
-PYFT_HOST_DEVICE float relu(float x) { return x < 0.0f ? 0.0f : x; }
 PYFT_HOST_DEVICE float zero_of(float) { return 0.0f; }
 PYFT_HOST_DEVICE Bf16 zero_of(Bf16) { return {0}; }
 PYFT_HOST_DEVICE Fp16 zero_of(Fp16) { return {0}; }
+
+// As torch: NaN and -0 stay what they are.
+template <class Element>
+PYFT_HOST_DEVICE Element relu(Element x) {
+  return to_fp32(x) < 0.0f ? zero_of(x) : x;
+}
 
 // Eight bytes of 0 or 1 to eight bits: the product moves bit 8 i to bit 56 + i, and no two of its terms meet.
 PYFT_HOST_DEVICE uint8_t pack_eight(const uint8_t* bytes) {

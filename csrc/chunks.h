@@ -60,4 +60,36 @@ inline ChunkTable cut_into_chunks(const std::vector<int64_t>& numels) {
   return table;
 }
 
+// On a GPU a chunk is the work of one thread block between two looks at the table. Those of long tensors are longer, so
+// that their sums are few.
+constexpr int64_t kDeviceChunk = 4096;
+constexpr int64_t kLongDeviceChunk = 16384;
+constexpr int64_t kLongDeviceTensor = int64_t{1} << 23;
+
+// 16 bytes: one load.
+struct alignas(16) DeviceChunk {
+  int64_t offset;
+  int32_t tensor, length;
+};
+
+struct DeviceChunkTable {
+  std::vector<DeviceChunk> chunks;
+  // The chunks of tensor i are chunks[begin[i]] .. chunks[begin[i + 1] - 1].
+  std::vector<int64_t> begin{0};
+};
+
+// As above, the cut of a tensor depends on its own size alone.
+inline DeviceChunkTable cut_for_device(const std::vector<int64_t>& numels) {
+  DeviceChunkTable table;
+  for (int64_t tensor = 0; tensor < static_cast<int64_t>(numels.size()); ++tensor) {
+    const int64_t limit = numels[tensor] >= kLongDeviceTensor ? kLongDeviceChunk : kDeviceChunk;
+    for (int64_t offset = 0; offset < numels[tensor]; offset += limit) {
+      const int64_t left = numels[tensor] - offset;
+      table.chunks.push_back({offset, static_cast<int32_t>(tensor), static_cast<int32_t>(left < limit ? left : limit)});
+    }
+    table.begin.push_back(static_cast<int64_t>(table.chunks.size()));
+  }
+  return table;
+}
+
 }  // namespace pyft

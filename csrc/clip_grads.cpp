@@ -6,6 +6,7 @@
 #include "cpu_target.h"
 #include "grad_norm.h"
 #include "grad_norm_tensors.h"
+#include "gradient_rows.h"
 #include "parallel.h"
 
 namespace pyft {
@@ -24,23 +25,8 @@ void change_chunks(const std::vector<Tensor>& grads, const Change& change) {
 
 Rows checked_rows(const Tensor& tensor, const char* list, size_t index) {
   const FloatData data = checked_data(tensor, list, index);
-  if (tensor.dim() <= 1) {
-    return {data, 1, tensor.numel()};
-  }
-  const int64_t rows = tensor.size(0), row_length = rows == 0 ? 0 : tensor.numel() / rows;
-  STD_TORCH_CHECK(rows <= 1 || row_length == 0 || tensor.stride(0) == row_length, element(list, index), " has sizes ",
-                  to_string(tensor.sizes()), " and strides ", to_string(tensor.strides()),
-                  ", so its rows are not contiguous; pyft.ops.agc_grads_ takes any layout");
-  return {data, rows, row_length};
-}
-
-void check_same_sizes(const Tensor& grad, const Tensor& param, size_t index) {
-  bool same = grad.dim() == param.dim();
-  for (int64_t d = 0; same && d < grad.dim(); ++d) {
-    same = grad.size(d) == param.size(d);
-  }
-  STD_TORCH_CHECK(same, element("grads", index), " has sizes ", to_string(grad.sizes()), " but ",
-                  element("params", index), " has sizes ", to_string(param.sizes()));
+  const RowShape shape = row_shape(tensor, list, index);
+  return {data, shape.rows, shape.length};
 }
 
 // factors[i][row] for matrices[i]; rows with the factor 1 are not written.

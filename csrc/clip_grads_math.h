@@ -26,6 +26,19 @@ struct ClampTo {
   }
 };
 
+// torch's factor min(1, max_norm / (total_norm + 1e-6)), rounded in fp32 as torch.nn.utils rounds it: a number by a
+// tensor is the reciprocal times the number.
+PYFT_HOST_DEVICE double clip_coefficient(double total_norm, double max_norm) {
+  const float norm = static_cast<float>(total_norm);
+  // x - x is 0 for finite numbers only.
+  if (norm - norm != 0.0f) {
+    const double coef = max_norm / (total_norm + 1e-6);
+    return coef < 1.0 ? coef : 1.0;
+  }
+  const double coef = 1.0f / (norm + 1e-6f) * static_cast<float>(max_norm);
+  return coef < 1.0 ? coef : 1.0;
+}
+
 template <class Element, class Change>
 PYFT_HOST_DEVICE void change_each(Element* x, int64_t length, const Change& change) {
   for (int64_t i = 0; i < length; ++i) {

@@ -168,34 +168,9 @@ double agc_factor(double grad_sum_of_squares, double param_sum_of_squares, doubl
   return agc_row_factor(grad_sum_of_squares, param_sum_of_squares, clipping, eps);
 }
 
-namespace {
-
-// Most tensors are: the general question costs a small tensor's whole norm.
-bool is_contiguous(const TensorView& t) {
-  int64_t expected = 1;
-  for (int64_t d = t.dim - 1; d >= 0; --d) {
-    if (t.sizes[d] != 1 && t.strides[d] != expected) {
-      return false;
-    }
-    expected *= t.sizes[d];
-  }
-  return true;
-}
-
-}  // namespace
-
 FloatData checked_data(const Tensor& tensor, const char* list, size_t index) {
   STD_TORCH_CHECK(tensor.is_cpu(), element(list, index), " must be on the CPU for the compiled core");
-  STD_TORCH_CHECK(tensor.layout() == torch::headeronly::Layout::Strided, element(list, index),
-                  " is sparse; only dense tensors are supported");
-  const TensorView view = view_of(tensor.get());
-  const std::optional<FloatFormat> format = float_format(view.dtype);
-  STD_TORCH_CHECK(format.has_value(), element(list, index),
-                  " must be float32, bfloat16 or float16 for the compiled core");
-  STD_TORCH_CHECK(is_contiguous(view) || is_dense(tensor), element(list, index), " has sizes ",
-                  to_string(tensor.sizes()), " and strides ", to_string(tensor.strides()),
-                  ", with gaps or overlaps; the functions of pyft.ops take any layout");
-  return {view.data, *format};
+  return dense_floats(tensor, list, index);
 }
 
 std::vector<FloatData> checked_data(const std::vector<Tensor>& tensors, const char* list) {

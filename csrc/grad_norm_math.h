@@ -22,28 +22,46 @@ struct Square {
     const double wide = x;
     return wide * wide;
   }
+  // The square is exact, so this has the bits of sum + (*this)(x).
+  PYFT_HOST_DEVICE double add_to(double sum, float x) const {
+    return fma(static_cast<double>(x), static_cast<double>(x), sum);
+  }
 };
 
 struct ClampedSquare {
   float limit;
 
-  PYFT_HOST_DEVICE double operator()(float x) const {
+  PYFT_HOST_DEVICE double operator()(float x) const { return Square{}(clamped(x)); }
+  PYFT_HOST_DEVICE double add_to(double sum, float x) const { return Square{}.add_to(sum, clamped(x)); }
+
+  PYFT_HOST_DEVICE float clamped(float x) const {
     const float upper = x < limit ? x : limit;
-    const float clamped = upper > -limit ? upper : -limit;
+    const float inside = upper > -limit ? upper : -limit;
     // The clamp hides NaN and inf; x - x is NaN for both and 0 for the rest.
-    return Square{}(clamped + (x - x));
+    return inside + (x - x);
   }
 };
 
 struct Magnitude {
   PYFT_HOST_DEVICE double operator()(float x) const { return std::fabs(x); }
+  PYFT_HOST_DEVICE double add_to(double sum, float x) const { return sum + std::fabs(x); }
 };
 
 // With the largest magnitude of all tensors for `largest`, no power overflows and the largest cannot vanish.
 struct ScaledPower {
   double largest, p;
 
-  PYFT_HOST_DEVICE double operator()(float x) const { return std::pow(std::fabs(x) / largest, p); }
+  double operator()(float x) const { return std::pow(std::fabs(x) / largest, p); }
+};
+
+// The same by logarithms, for GPUs, where pow is a call. The error grows with the size of the logarithm, as the power
+// becomes small beside the largest, which is 1.
+struct ScaledPowerByLogarithm {
+  double largest, p;
+
+  PYFT_HOST_DEVICE double add_to(double sum, float x) const {
+    return sum + exp2(p * log2(std::fabs(static_cast<double>(x)) / largest));
+  }
 };
 
 template <class Element, class Term>

@@ -22,7 +22,7 @@ PYFT_HOST_DEVICE void lion_element(float& param, float scaled_grad, float& exp_a
   exp_avg = exp_avg + change * h.one_minus_beta2;
 }
 
-inline LionStep step_constants(const LionHyper& hyper) {
+PYFT_HOST_DEVICE LionStep step_constants(const LionHyper& hyper) {
   LionStep h;
   h.lr = static_cast<float>(hyper.lr);
   h.decay = static_cast<float>(1.0 - hyper.lr * hyper.weight_decay);

@@ -8,34 +8,49 @@
 namespace pyft {
 
 // One dimension of the windows. Window `o` covers inputs o * stride - padding + k * dilation, 0 <= k < kernel.
-struct PoolAxis {
-  int64_t in, out, kernel, stride, padding, dilation;
+template <class Int>
+struct PoolAxisOf {
+  Int in, out, kernel, stride, padding, dilation;
 
-  PYFT_HOST_DEVICE int64_t start(int64_t o) const { return o * stride - padding; }
+  PYFT_HOST_DEVICE Int start(Int o) const { return o * stride - padding; }
 
   // First k that is inside the input.
-  PYFT_HOST_DEVICE int64_t first(int64_t o) const {
-    const int64_t before = -start(o);
+  PYFT_HOST_DEVICE Int first(Int o) const {
+    const Int before = -start(o);
     return before <= 0 ? 0 : (before + dilation - 1) / dilation;
   }
 
-  PYFT_HOST_DEVICE bool inside(int64_t o, int64_t k) const {
-    const int64_t place = start(o) + k * dilation;
+  PYFT_HOST_DEVICE bool inside(Int o, Int k) const {
+    const Int place = start(o) + k * dilation;
     return place >= 0 && place < in;
   }
 
   // Windows begin() .. end() - 1 have input k inside.
-  PYFT_HOST_DEVICE int64_t begin(int64_t k) const {
-    const int64_t before = padding - k * dilation;
+  PYFT_HOST_DEVICE Int begin(Int k) const {
+    const Int before = padding - k * dilation;
     return before <= 0 ? 0 : (before + stride - 1) / stride;
   }
 
-  PYFT_HOST_DEVICE int64_t end(int64_t k) const {
-    const int64_t room = in - 1 + padding - k * dilation;
-    const int64_t last = room < 0 ? 0 : room / stride + 1;
+  PYFT_HOST_DEVICE Int end(Int k) const {
+    const Int room = in - 1 + padding - k * dilation;
+    const Int last = room < 0 ? 0 : room / stride + 1;
     return last < out ? last : out;
   }
+
+  // Windows first_over(i) .. last_over(i) are those whose span meets input i. by_stride(n): n / stride, n >= 0.
+  template <class Quotient>
+  PYFT_HOST_DEVICE Int first_over(Int i, const Quotient& by_stride) const {
+    const Int before = i + padding - (kernel - 1) * dilation;
+    return before <= 0 ? 0 : static_cast<Int>(by_stride(before + stride - 1));
+  }
+
+  template <class Quotient>
+  PYFT_HOST_DEVICE Int last_over(Int i, const Quotient& by_stride) const {
+    const Int last = static_cast<Int>(by_stride(i + padding));
+    return last < out ? last : out - 1;
+  }
 };
+using PoolAxis = PoolAxisOf<int64_t>;
 
 struct PoolShape {
   PoolAxis height, width;

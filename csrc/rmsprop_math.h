@@ -40,7 +40,7 @@ PYFT_HOST_DEVICE void rmsprop_element(float& param, float scaled_grad, float& sq
   }
 }
 
-inline RmspropStep step_constants(const RmspropHyper& hyper) {
+PYFT_HOST_DEVICE RmspropStep step_constants(const RmspropHyper& hyper) {
   RmspropStep h;
   h.lr = static_cast<float>(hyper.lr);
   h.alpha = static_cast<float>(hyper.alpha);

@@ -10,6 +10,9 @@
 
 namespace pyft {
 
+enum class WeightFormat : int8_t { fp32, bf16, fp16, bf16_split32, bf16_kahan, bf16_stochastic };
+enum class MomentFormat : int8_t { none, fp32, bf16, int8 };
+
 // Elements that share one scale of 8-bit state.
 constexpr int64_t kBlock = 256;
 
@@ -22,8 +25,13 @@ PYFT_HOST_DEVICE uint32_t random_bits(uint32_t key, uint32_t place) {
   return x ^ (x >> 16);
 }
 
+// Of the element at a place of 64 bits.
+PYFT_HOST_DEVICE uint32_t key_of_place(uint32_t key, int64_t place) {
+  return key ^ (static_cast<uint32_t>(place >> 32) * 0x85ebca6bu);
+}
+
 // Key of a tensor in a step; one of SplitMix64's rounds for each number.
-inline uint32_t random_key(uint64_t seed, uint64_t tensor, uint64_t step) {
+PYFT_HOST_DEVICE uint32_t random_key(uint64_t seed, uint64_t tensor, uint64_t step) {
   uint64_t x = seed;
   for (uint64_t number : {tensor, step, uint64_t{0}}) {
     x = (x + 0x9e3779b97f4a7c15u) ^ number;

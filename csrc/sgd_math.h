@@ -28,7 +28,7 @@ PYFT_HOST_DEVICE void sgd_element(float& param, float scaled_grad, float& moment
 }
 
 // The buffer of a first step is zero and takes the whole gradient, without dampening.
-inline SgdStep step_constants(const SgdHyper& hyper, bool first) {
+PYFT_HOST_DEVICE SgdStep step_constants(const SgdHyper& hyper, bool first) {
   SgdStep h;
   h.lr = static_cast<float>(hyper.lr);
   h.momentum = static_cast<float>(hyper.momentum);

@@ -48,6 +48,37 @@ inline bool is_dense(const Tensor& t) {
   return true;
 }
 
+// Most tensors are: the general question costs a small tensor's whole norm.
+inline bool is_contiguous(const TensorView& t) {
+  int64_t expected = 1;
+  for (int64_t d = t.dim - 1; d >= 0; --d) {
+    if (t.sizes[d] != 1 && t.strides[d] != expected) {
+      return false;
+    }
+    expected *= t.sizes[d];
+  }
+  return true;
+}
+
+// The elements of a dense tensor on any device. Throws, naming list[index], unless they are fp32, bf16 or fp16.
+inline FloatData dense_floats(const Tensor& tensor, const char* list, size_t index) {
+  STD_TORCH_CHECK(tensor.layout() == torch::headeronly::Layout::Strided, element(list, index),
+                  " is sparse; only dense tensors are supported");
+  const TensorView view = view_of(tensor.get());
+  const std::optional<FloatFormat> format = float_format(view.dtype);
+  STD_TORCH_CHECK(format.has_value(), element(list, index),
+                  " must be float32, bfloat16 or float16 for the compiled core");
+  STD_TORCH_CHECK(is_contiguous(view) || is_dense(tensor), element(list, index), " has sizes ",
+                  to_string(tensor.sizes()), " and strides ", to_string(tensor.strides()),
+                  ", with gaps or overlaps; the functions of pyft.ops take any layout");
+  return {view.data, *format};
+}
+
+// Whether two tensors are on one device.
+inline bool together(const Tensor& a, const Tensor& b) {
+  return view_of(a.get()).device_type == view_of(b.get()).device_type && a.get_device_index() == b.get_device_index();
+}
+
 inline void check_fp32_cpu(const Tensor& t, const char* list, size_t index) {
   STD_TORCH_CHECK(t.is_cpu(), element(list, index), " must be on the CPU");
   STD_TORCH_CHECK(t.layout() == torch::headeronly::Layout::Strided, element(list, index),

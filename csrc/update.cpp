@@ -1,56 +1,20 @@
 // The update as an op over lists of tensors; optimizers use the step plan.
 #include <torch/csrc/stable/library.h>
 
+#include <cmath>
 #include <optional>
 
-#include "tensor_checks.h"
+#include "update_op.h"
 #include "update_plan.h"
 
 namespace pyft {
-namespace {
-
-PlanInput plan_input(const std::vector<Tensor>& params, const std::vector<std::string>& keys,
-                     const std::vector<Tensor>& state, const std::vector<Tensor>& steps) {
-  const size_t count = params.size();
-  check_same_count(count * keys.size(), "keys times params", state.size(), "state");
-  STD_TORCH_CHECK(steps.empty() || steps.size() == count, "steps has ", steps.size(), " tensors but params has ",
-                  count);
-  PlanInput input;
-  input.params = params;
-  input.groups.assign(count, 0);
-  std::vector<size_t> place(kSlots, keys.size());
-  int64_t present = steps.empty() ? 0 : int64_t{1} << kStep;
-  for (size_t k = 0; k < keys.size(); ++k) {
-    const Slot slot = slot_by_name(keys[k]);
-    place[slot] = k;
-    present |= int64_t{1} << slot;
-  }
-  input.present.assign(count, present);
-  for (size_t i = 0; i < count; ++i) {
-    input.numbers.push_back(static_cast<int64_t>(i));
-    for (int s = 0; s < kStep; ++s) {
-      if (place[s] < keys.size()) {
-        input.state.push_back(state[place[s] * count + i]);
-      }
-    }
-    if (!steps.empty()) {
-      input.state.push_back(steps[i]);
-    }
-  }
-  return input;
-}
-
-}  // namespace
 
 // state: for each key the tensors of all parameters. steps: the number of this step for each, or nothing.
 void update_(const std::string& rule, const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
              const std::vector<std::string>& keys, const std::vector<Tensor>& state, const std::vector<Tensor>& steps,
              const std::optional<Tensor>& clip_coef, const std::vector<double>& hyper, double decay_to_init,
              const std::string& weights, int64_t seed, bool first) {
-  RuleHyper group{rule_by_name(rule), {}, decay_to_init};
-  const size_t expected = kRuleInfo[static_cast<int>(group.rule)].hyper_count;
-  STD_TORCH_CHECK(hyper.size() == expected, "hyper has ", hyper.size(), " numbers, ", rule, " takes ", expected);
-  std::copy(hyper.begin(), hyper.end(), group.numbers);
+  const RuleHyper group = rule_hyper(rule, hyper, decay_to_init);
   double coef = 1.0;
   if (clip_coef.has_value()) {
     STD_TORCH_CHECK(clip_coef->is_cpu() && clip_coef->numel() == 1 &&
@@ -62,21 +26,8 @@ void update_(const std::string& rule, const std::vector<Tensor>& params, const s
   input.seed = seed;
   input.weights = weight_mode_by_name(weights);
   input.fresh.assign(params.size(), first);
-  check_same_count(params.size(), "params", grads.size(), "grads");
   UpdatePlan plan(std::move(input));
-  OwnedHandles handles(grads.size());
-  for (size_t i = 0; i < grads.size(); ++i) {
-    AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(grads[i].get(), &handle));
-    handles.take(handle);
-  }
-  std::vector<int64_t> to_be_copied;
-  STD_TORCH_CHECK(plan.set_gradients(handles, to_be_copied), "a parameter does not fit its state");
-  if (!to_be_copied.empty()) {
-    const size_t i = to_be_copied[0];
-    check_same_layout(params[i], "params", grads[i], "grads", i);
-    STD_TORCH_CHECK(false, element("grads", i), " must be float32, bfloat16 or float16 on the CPU");
-  }
+  give_gradients(plan, params, grads, "the CPU");
   plan.step({group}, {coef}, INFINITY, false, nullptr);
 }
 

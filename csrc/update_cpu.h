@@ -9,9 +9,6 @@
 
 namespace pyft {
 
-enum class WeightFormat : int8_t { fp32, bf16, fp16, bf16_split32, bf16_kahan, bf16_stochastic };
-enum class MomentFormat : int8_t { none, fp32, bf16, int8 };
-
 struct Moment {
   void* data = nullptr;
   // int8: one for each kBlock elements.

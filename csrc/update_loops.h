@@ -154,9 +154,9 @@ PYFT_LOOPS_TARGET inline void widen(const FloatData& from, int64_t begin, float*
 }
 
 PYFT_LOOPS_TARGET inline void fill_random(uint32_t key, int64_t begin, uint32_t* random, int64_t length) {
-  const uint32_t high = static_cast<uint32_t>(begin >> 32) * 0x85ebca6bu, low = static_cast<uint32_t>(begin);
+  const uint32_t of_place = key_of_place(key, begin), low = static_cast<uint32_t>(begin);
   for (int64_t i = 0; i < length; ++i) {
-    random[i] = random_bits(key ^ high, low + static_cast<uint32_t>(i));
+    random[i] = random_bits(of_place, low + static_cast<uint32_t>(i));
   }
 }
 

@@ -15,54 +15,6 @@
 namespace pyft {
 namespace {
 
-constexpr int64_t kLooksPerTask = 32;
-constexpr int64_t kFetchAheadLooks = 6;
-constexpr const char* kSlotNames[kSlots] = {"first",       "second", "third", "first_scale", "second_scale",
-                                            "third_scale", "extra",  "init",  "step"};
-
-bool is_moment(Slot slot) { return slot <= kThird; }
-bool is_scale(Slot slot) { return slot >= kFirstScale && slot <= kThirdScale; }
-
-bool is_scales(const TensorView& t, int64_t numel) {
-  return t.is_fp32_cpu() && t.dim == 1 && t.sizes[0] == numel && (numel <= 1 || t.strides[0] == 1);
-}
-
-std::optional<WeightFormat> weight_format(int32_t dtype, WeightMode mode) {
-  const std::optional<FloatFormat> format = float_format(dtype);
-  if (!format.has_value()) {
-    return std::nullopt;
-  }
-  if (*format != FloatFormat::bf16) {
-    return *format == FloatFormat::fp32 ? WeightFormat::fp32 : WeightFormat::fp16;
-  }
-  constexpr WeightFormat kOfBf16[] = {WeightFormat::bf16, WeightFormat::bf16_split32, WeightFormat::bf16_kahan,
-                                      WeightFormat::bf16_stochastic};
-  return kOfBf16[static_cast<int>(mode)];
-}
-
-std::optional<MomentFormat> moment_format(int32_t dtype) {
-  static const int32_t int8 = aoti_torch_dtype_int8(), uint8 = aoti_torch_dtype_uint8();
-  if (dtype == int8 || dtype == uint8) {
-    return MomentFormat::int8;
-  }
-  const std::optional<FloatFormat> format = float_format(dtype);
-  if (!format.has_value() || *format == FloatFormat::fp16) {
-    return std::nullopt;
-  }
-  return *format == FloatFormat::fp32 ? MomentFormat::fp32 : MomentFormat::bf16;
-}
-
-template <class T>
-T by_name(const std::string& name, const char* what, const char* const* names, int count) {
-  for (int i = 0; i < count; ++i) {
-    if (name == names[i]) {
-      return static_cast<T>(i);
-    }
-  }
-  STD_TORCH_CHECK(false, what, " '", name, "' is unknown");
-  return T{};
-}
-
 // The four arrays that nearly every rule reads.
 void fetch_chunk(const TensorUpdate& update, const Chunk& chunk) {
   const auto fetch = [&chunk](const void* data, int64_t size) {
@@ -79,161 +31,52 @@ void fetch_chunk(const TensorUpdate& update, const Chunk& chunk) {
 
 }  // namespace
 
-Slot slot_by_name(const std::string& name) { return by_name<Slot>(name, "key", kSlotNames, kSlots); }
-
-Rule rule_by_name(const std::string& name) {
-  const char* names[kRules];
-  for (int i = 0; i < kRules; ++i) {
-    names[i] = kRuleInfo[i].name;
-  }
-  return by_name<Rule>(name, "rule", names, kRules);
-}
-
-WeightMode weight_mode_by_name(const std::string& name) {
-  constexpr const char* kNames[] = {"plain", "split32", "kahan", "stochastic"};
-  return by_name<WeightMode>(name, "weights", kNames, 4);
-}
-
 UpdatePlan::UpdatePlan(PlanInput input)
-    : groups_(std::move(input.groups)),
-      numbers_(std::move(input.numbers)),
+    : numbers_(input.numbers),
       seed_(input.seed),
-      weights_(input.weights),
-      fresh_(std::move(input.fresh)) {
-  check_same_count(input.params.size(), "params", input.present.size(), "present");
-  check_same_count(input.params.size(), "params", groups_.size(), "groups");
-  check_same_count(input.params.size(), "params", numbers_.size(), "numbers");
-  fresh_.resize(input.params.size(), false);
-  updates_.resize(input.params.size());
-  counts_.resize(input.params.size());
-  fits_.resize(input.params.size());
-  size_t next = 0;
-  for (size_t i = 0; i < input.params.size(); ++i) {
-    adopt(i, input, next);
+      fresh_(input.fresh),
+      tensors_(input, aoti_torch_device_type_cpu(), "on the CPU"),
+      table_(cut_into_chunks(tensors_.numels())) {
+  fresh_.resize(tensors_.size(), false);
+  updates_.resize(tensors_.size());
+  counts_.resize(tensors_.size());
+  chunks_of_.resize(tensors_.size());
+  for (size_t i = 0; i < tensors_.size(); ++i) {
+    const StateFormats& formats = tensors_.formats(i);
+    updates_[i].weights = formats.weights;
+    updates_[i].row_length = tensors_.row_length(i);
+    updates_[i].init.format = formats.init;
+    for (int k = 0; k < kMoments; ++k) {
+      updates_[i].moments[k].format = formats.moments[k];
+    }
   }
-  STD_TORCH_CHECK(next == input.state.size(), "state has ", input.state.size(), " tensors, expected ", next);
-  params_ = std::move(input.params);
-  table_ = cut_into_chunks(numels_);
-  chunks_of_.resize(params_.size());
   for (const Chunk& chunk : table_.chunks) {
     ++chunks_of_[chunk.tensor];
   }
 }
 
-void UpdatePlan::adopt(size_t i, const PlanInput& input, size_t& next) {
-  const Tensor& param = input.params[i];
-  const TensorView view = view_of(param.get());
-  const std::optional<WeightFormat> weights = weight_format(view.dtype, weights_);
-  STD_TORCH_CHECK(view.is_cpu() && weights.has_value() && is_dense(param), element("params", i),
-                  " must be a dense float32, bfloat16 or float16 tensor on the CPU for the compiled core, got sizes ",
-                  to_string(param.sizes()), " and strides ", to_string(param.strides()));
-  dtypes_.push_back(view.dtype);
-  layouts_.push_back(layout_of(view));
-  numels_.push_back(view.numel());
-  updates_[i].weights = *weights;
-  updates_[i].row_length = view.dim > 1 && view.sizes[0] > 0 ? numels_[i] / view.sizes[0] : numels_[i];
-  for (int s = 0; s < kSlots; ++s) {
-    if ((input.present[i] >> s & 1) != 0) {
-      STD_TORCH_CHECK(next < input.state.size(), "state has only ", input.state.size(), " tensors");
-      adopt_slot(updates_[i], i, static_cast<Slot>(s), input.state[next++]);
-      if (s != kStep && !is_scale(static_cast<Slot>(s))) {
-        check_same_layout(param, "params", held_.back().tensor, kSlotNames[s], i);
-      }
-    }
-  }
-  held_begin_.push_back(held_.size());
-}
-
-void UpdatePlan::adopt_slot(TensorUpdate& update, size_t i, Slot slot, const Tensor& tensor) {
-  static const int32_t int16 = aoti_torch_dtype_int16(), bf16 = aoti_torch_dtype_bfloat16();
-  const TensorView view = view_of(tensor.get());
-  STD_TORCH_CHECK(view.is_cpu(), element(kSlotNames[slot], i), " must be on the CPU");
-  bool fits = true;
-  if (is_moment(slot)) {
-    const std::optional<MomentFormat> format = moment_format(view.dtype);
-    fits = format.has_value();
-    update.moments[slot].format = format.value_or(MomentFormat::none);
+void UpdatePlan::point_at(TensorUpdate& update, size_t i, Slot slot, void* data) {
+  if (slot == kStep) {
+    counts_[i] = static_cast<float*>(data);
   } else if (is_scale(slot)) {
-    fits = is_scales(view, (numels_[i] + kBlock - 1) / kBlock);
+    update.moments[slot - kFirstScale].scale = static_cast<float*>(data);
+  } else if (is_moment(slot)) {
+    update.moments[slot].data = data;
   } else if (slot == kExtra) {
-    fits = view.dtype == (weights_ == WeightMode::split32 ? int16 : bf16);
-  } else if (slot == kInit) {
-    const std::optional<FloatFormat> format = float_format(view.dtype);
-    fits = format.has_value();
-    update.init.format = format.value_or(FloatFormat::fp32);
+    update.extra = data;
   } else {
-    fits = view.is_fp32_cpu() && is_one_number(view);
+    update.init.data = data;
   }
-  STD_TORCH_CHECK(fits, element(kSlotNames[slot], i), " has a dtype or size that does not fit, sizes ",
-                  to_string(tensor.sizes()));
-  held_.push_back({tensor, slot, view.dtype, view.numel()});
-}
-
-bool UpdatePlan::point_at(TensorUpdate& update, size_t i, const Held& held, const TensorView& param) {
-  const TensorView view = view_of(held.tensor.get());
-  if (view.dtype != held.dtype || !view.is_cpu()) {
-    return false;
-  }
-  if (held.slot == kStep) {
-    counts_[i] = static_cast<float*>(view.data);
-    return is_one_number(view);
-  }
-  if (is_scale(held.slot)) {
-    update.moments[held.slot - kFirstScale].scale = static_cast<float*>(view.data);
-    return is_scales(view, held.numel);
-  }
-  if (is_moment(held.slot)) {
-    update.moments[held.slot].data = view.data;
-  } else if (held.slot == kExtra) {
-    update.extra = view.data;
-  } else {
-    update.init.data = view.data;
-  }
-  return same_layout(param, view);
-}
-
-UpdatePlan::Fit UpdatePlan::look_at(size_t i, AtenTensorHandle gradient) {
-  TensorUpdate& update = updates_[i];
-  const TensorView param = view_of(params_[i].get());
-  if (param.dtype != dtypes_[i] || !param.is_cpu() || !has_layout(param, layouts_[i])) {
-    return Fit::not_at_all;
-  }
-  update.param = param.data;
-  for (size_t h = held_begin_[i]; h < held_begin_[i + 1]; ++h) {
-    if (!point_at(update, i, held_[h], param)) {
-      return Fit::not_at_all;
-    }
-  }
-  const TensorView grad = view_of(gradient);
-  const std::optional<FloatFormat> format = float_format(grad.dtype);
-  update.grad = {grad.data, format.value_or(FloatFormat::fp32)};
-  return format.has_value() && grad.is_cpu() && same_layout(param, grad) ? Fit::as_it_is : Fit::to_be_copied;
 }
 
 bool UpdatePlan::set_gradients(const OwnedHandles& grads, std::vector<int64_t>& to_be_copied) {
-  check_same_count(params_.size(), "the plan", grads.size(), "grads");
-  // The last update has driven these records out of the cache; waiting for them is the cost, so share it.
-  torch::stable::parallel_for(0, static_cast<int64_t>(fits_.size()), kLooksPerTask, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t later = std::min(i + kFetchAheadLooks, end - 1);
-      fetch_record(params_[later].get());
-      fetch_record(grads[later]);
-      for (size_t h = held_begin_[later]; h < held_begin_[later + 1]; ++h) {
-        fetch_record(held_[h].tensor.get());
-      }
-      fits_[i] = look_at(i, grads[i]);
-    }
+  return look_at_all(tensors_, grads, fits_, to_be_copied, [&](size_t i) {
+    TensorUpdate& update = updates_[i];
+    return tensors_.look_at(
+        i, grads[i], [&](void* data) { update.param = data; },
+        [&](Slot slot, void* data) { point_at(update, i, slot, data); },
+        [&](const void* data, FloatFormat format) { update.grad = {data, format}; });
   });
-  to_be_copied.clear();
-  for (size_t i = 0; i < fits_.size(); ++i) {
-    if (fits_[i] == Fit::not_at_all) {
-      return false;
-    }
-    if (fits_[i] == Fit::to_be_copied) {
-      to_be_copied.push_back(static_cast<int64_t>(i));
-    }
-  }
-  return true;
 }
 
 const std::vector<double>& UpdatePlan::sums_of_squares(float clip_value, const std::vector<double>& known) {
@@ -246,13 +89,13 @@ const std::vector<double>& UpdatePlan::sums_of_squares(float clip_value, const s
     sums_ = sum_per_tensor(table_, partial_, static_cast<int64_t>(updates_.size()));
     return sums_;
   }
-  check_same_count(params_.size(), "the plan", known.size(), "known sums");
+  check_same_count(tensors_.size(), "the plan", known.size(), "known sums");
   sums_ = known;
   std::vector<int64_t> numels, places;
   std::vector<FloatData> data;
   for (size_t i = 0; i < known.size(); ++i) {
     if (std::isnan(known[i])) {
-      numels.push_back(numels_[i]);
+      numels.push_back(tensors_.numel(i));
       data.push_back(updates_[i].grad);
       places.push_back(static_cast<int64_t>(i));
     }
@@ -269,19 +112,7 @@ const std::vector<double>& UpdatePlan::sums_of_squares(float clip_value, const s
 }
 
 Rows UpdatePlan::rows_of(size_t i, FloatData data) const {
-  const int64_t length = updates_[i].row_length;
-  return {data, length == 0 ? 0 : numels_[i] / length, length};
-}
-
-bool UpdatePlan::has_rows() const {
-  for (size_t i = 0; i < layouts_.size(); ++i) {
-    const size_t dim = layouts_[i].size() / 2;
-    const bool contiguous = dim <= 1 || layouts_[i][0] <= 1 || layouts_[i][dim] == updates_[i].row_length;
-    if (!contiguous && numels_[i] > 0) {
-      return false;
-    }
-  }
-  return true;
+  return {data, tensors_.num_rows(i), tensors_.row_length(i)};
 }
 
 const std::vector<double>& UpdatePlan::clip_rows(float clip_value, double clipping, double eps,
@@ -289,12 +120,8 @@ const std::vector<double>& UpdatePlan::clip_rows(float clip_value, double clippi
   const size_t count = updates_.size();
   std::vector<Rows> grads, params;
   for (size_t i = 0; i < count; ++i) {
-    const WeightFormat weights = updates_[i].weights;
-    const FloatFormat format = weights == WeightFormat::fp32   ? FloatFormat::fp32
-                               : weights == WeightFormat::fp16 ? FloatFormat::fp16
-                                                               : FloatFormat::bf16;
     grads.push_back(rows_of(i, updates_[i].grad));
-    params.push_back(rows_of(i, {updates_[i].param, format}));
+    params.push_back(rows_of(i, {updates_[i].param, float_format(updates_[i].weights)}));
   }
   std::vector<std::vector<double>> of_grads, of_params;
   sum_of_squares_per_row(grads, clip_value, of_grads);
@@ -332,29 +159,18 @@ void UpdatePlan::fill_constants(const std::vector<RuleHyper>& groups, const std:
                                 float clip_value) {
   for (size_t i = 0; i < updates_.size(); ++i) {
     TensorUpdate& update = updates_[i];
-    const RuleHyper& group = groups.at(groups_[i]);
+    const RuleHyper& group = groups.at(tensors_.group(i));
     const double count = counts_[i] == nullptr ? 1.0 : *counts_[i];
     const RuleInfo& info = kRuleInfo[static_cast<int>(group.rule)];
-    int moments = 0, narrow = 0;
+    tensors_.check_state(i, info);
     for (int k = 0; k < kMoments; ++k) {
-      const Moment& moment = update.moments[k];
-      moments += info.has[k];
-      narrow += info.has[k] && moment.format == MomentFormat::int8;
-      STD_TORCH_CHECK(!info.has[k] || (moment.data != nullptr || numels_[i] == 0), element("params", i),
-                      " has no state '", kSlotNames[k], "', which ", info.name, " needs");
-      STD_TORCH_CHECK(moment.format != MomentFormat::int8 || moment.scale != nullptr || numels_[i] == 0,
-                      element("params", i), " has 8-bit state without scales");
       update.moments[k].is_signed = info.is_signed[k];
     }
-    STD_TORCH_CHECK(narrow == 0 || narrow == moments, element("params", i), " has some moments in 8 bits and some not");
-    const bool needs_extra = update.weights == WeightFormat::bf16_split32 || update.weights == WeightFormat::bf16_kahan;
-    STD_TORCH_CHECK(!needs_extra || update.extra != nullptr || numels_[i] == 0, element("params", i),
-                    " has no state 'extra'");
-    const bool alike = i > 0 && groups_[i] == groups_[i - 1] && fresh_[i] == fresh_[i - 1];
+    const bool alike = i > 0 && tensors_.group(i) == tensors_.group(i - 1) && fresh_[i] == fresh_[i - 1];
     if (alike && count == (counts_[i - 1] == nullptr ? 1.0 : *counts_[i - 1])) {
       update.step = updates_[i - 1].step;
     } else {
-      update.step = step_constants(group, count, fresh_[i]);
+      update.step = step_constants(group, count, fresh_[i], LibraryPower{});
     }
     update.rule = group.rule;
     const double scale = scales.size() == 1 ? scales[0] : scales[i];

@@ -12,33 +12,9 @@
 #include "grad_norm.h"
 #include "owned_handles.h"
 #include "update_cpu.h"
+#include "update_state.h"
 
 namespace pyft {
-
-// The state tensors of one parameter, by their place in a list from Python. A scale belongs to an 8-bit moment.
-enum Slot { kFirst, kSecond, kThird, kFirstScale, kSecondScale, kThirdScale, kExtra, kInit, kStep, kSlots };
-
-// "first", "second", ...: the names of the slots in the schema of the op.
-Slot slot_by_name(const std::string& name);
-Rule rule_by_name(const std::string& name);
-
-// "plain", "split32", "kahan", "stochastic".
-enum class WeightMode : int8_t { plain, split32, kahan, stochastic };
-WeightMode weight_mode_by_name(const std::string& name);
-
-struct PlanInput {
-  std::vector<torch::stable::Tensor> params;
-  // Bit s of present[i]: parameter i has slot s. `state` holds the tensors of these slots, parameter after parameter.
-  std::vector<int64_t> present;
-  std::vector<torch::stable::Tensor> state;
-  std::vector<int64_t> groups;
-  // Keys of the random bits.
-  std::vector<int64_t> numbers;
-  int64_t seed = 0;
-  WeightMode weights = WeightMode::plain;
-  // Whether the moments of a parameter were made for the next step; empty for none.
-  std::vector<bool> fresh;
-};
 
 // One parallel region for each pass over all tensors. Takes dense fp32, bf16 and fp16 parameters on the CPU whose state
 // has their layout; throws for others.
@@ -61,7 +37,7 @@ class UpdatePlan {
                                        std::vector<double>& smallest);
 
   // Whether clip_rows can serve: the first dimension of each parameter is the slowest in memory.
-  bool has_rows() const;
+  bool has_rows() const { return tensors_.has_rows(); }
 
   // Sum of what sums_of_squares or clip_rows gave: the same bits for any order of parameters.
   double total() const { return add_exactly(sums_); }
@@ -75,33 +51,14 @@ class UpdatePlan {
             OwnedHandles* free);
 
  private:
-  enum class Fit : char { as_it_is, to_be_copied, not_at_all };
-  // What a tensor of the state must be, found when the plan is made.
-  struct Held {
-    torch::stable::Tensor tensor;
-    Slot slot;
-    int32_t dtype;
-    int64_t numel;
-  };
-
-  void adopt(size_t i, const PlanInput& input, size_t& next);
-  void adopt_slot(TensorUpdate& update, size_t i, Slot slot, const torch::stable::Tensor& tensor);
-  Fit look_at(size_t i, AtenTensorHandle gradient);
-  bool point_at(TensorUpdate& update, size_t i, const Held& held, const TensorView& param);
+  void point_at(TensorUpdate& update, size_t i, Slot slot, void* data);
   void fill_constants(const std::vector<RuleHyper>& groups, const std::vector<double>& scales, float clip_value);
   Rows rows_of(size_t i, FloatData data) const;
 
-  std::vector<torch::stable::Tensor> params_;
-  std::vector<int32_t> dtypes_;
-  // Sizes, then strides, of each parameter.
-  std::vector<std::vector<int64_t>> layouts_;
-  std::vector<int64_t> numels_, groups_, numbers_;
-  std::vector<Held> held_;
-  // held_[held_begin_[i]] .. held_[held_begin_[i + 1] - 1] belong to parameter i.
-  std::vector<size_t> held_begin_{0};
+  std::vector<int64_t> numbers_;
   int64_t seed_;
-  WeightMode weights_;
   std::vector<bool> fresh_;
+  PlanTensors tensors_;
   ChunkTable table_;
   std::vector<int64_t> chunks_of_;
   std::vector<TensorUpdate> updates_;

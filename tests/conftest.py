@@ -15,6 +15,36 @@ from typing import Any
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+EMULATION: pytest.StashKey[Any] = pytest.StashKey()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--cuda-emulation",
+        metavar="ORDER",
+        default=os.environ.get("PYFT_CUDA_EMULATION"),
+        help="run ops on their CUDA kernels, compiled for this CPU (tests/cuda_emulation), with threads in the order "
+        "ascending, descending or random:SEED; default: the variable PYFT_CUDA_EMULATION",
+    )
+    parser.addoption(
+        "--cuda-emulation-sanitize",
+        action="store_true",
+        help="compile them with AddressSanitizer, whose library must be in LD_PRELOAD",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    order = config.getoption("--cuda-emulation")
+    if order:
+        from emulated_core import load
+
+        config.stash[EMULATION] = load(order, config.getoption("--cuda-emulation-sanitize"))[1]
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if (emulation := config.stash.get(EMULATION, None)) is not None:
+        counts = ", ".join(f"{count} {name}" for name, count in emulation.counters().items())
+        terminalreporter.write_line(f"CUDA emulation, {emulation.order}: {len(emulation.traffic())} kernels, {counts}")
 
 
 def _skip_if_truly_missing(error: Exception) -> None:
@@ -49,6 +79,12 @@ def core() -> Any:
         assert compiler is None, "there is a compiler, but the core was not built: see pyft doctor"
         pytest.skip("no compiler here, so no compiled core: see pyft doctor")
     return module
+
+
+@pytest.fixture(scope="session")
+def emulation(request: pytest.FixtureRequest) -> Any:
+    """Settings and counters of the CUDA emulation on which the ops run, or None on the CPU's own kernels."""
+    return request.config.stash.get(EMULATION, None)
 
 
 @pytest.fixture(params=["core", "reference"])

@@ -1,7 +1,8 @@
 """Where built cores and fetched weights are kept, who may be trusted with them, and what a cache entry says.
 
-An entry is the folder `<cache>/core/<key>/`: `_core.so`, `build.log`, and one marker: `complete.json`, written last,
-with the hash of `_core.so`; or `failed.json`, with the first error and the tools that were found when it happened.
+An entry is the folder `<cache>/core/<key>/`: the library (`_core.so` or `_core_cuda.so`), `build.log`, and one marker:
+`complete.json`, written last, with the library's hash; or `failed.json`, with the first error and the tools that were
+found when it happened.
 """
 
 from __future__ import annotations
@@ -163,26 +164,37 @@ def read_marker(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def find_ready(key: str) -> Path | None:
+def find_ready(key: str, library: str = LIBRARY) -> Path | None:
     """The library built for `key`, its bytes checked, or None."""
     for folder in readable_core_folders():
-        if _why_not_ready(folder / key) is None:
+        if _why_not_ready(folder / key, library) is None:
             _touch(folder / key / COMPLETE)
-            return folder / key / LIBRARY
+            return folder / key / library
     return None
 
 
-def _why_not_ready(entry: Path) -> str | None:
+def find_built_for(base: str, library: str) -> Path | None:
+    """The latest library whose build had this `base` (see `BuildConfig`), by whichever nvcc, or None."""
+    for folder in readable_core_folders():
+        markers = [(read_marker(entry / COMPLETE) or {}, entry) for entry in entries(folder)]
+        fitting = [(float(marker["time"]), entry.name) for marker, entry in markers if marker.get("base") == base]
+        for _, key in sorted(fitting, reverse=True):
+            if (ready := find_ready(key, library)) is not None:
+                return ready
+    return None
+
+
+def _why_not_ready(entry: Path, library: str) -> str | None:
     """Why the entry's library must not be loaded, or None when it may."""
     marker = read_marker(entry / COMPLETE)
     if marker is None:
         return "its marker complete.json is missing or damaged"
     try:
         # A truncated library would end the process with SIGBUS, so the bytes are checked before it is opened.
-        if sha256_file(entry / LIBRARY) != marker.get("sha256"):
+        if sha256_file(entry / library) != marker.get("sha256"):
             return "its bytes are not those that were built"
     except OSError as error:
-        return f"{LIBRARY}: {error.strerror}"
+        return f"{library}: {error.strerror}"
     return None
 
 
@@ -193,9 +205,9 @@ def _touch(marker: Path) -> None:
             os.utime(marker)
 
 
-def damage(entry: Path) -> str | None:
+def damage(entry: Path, library: str = LIBRARY) -> str | None:
     """Why an entry that holds a library must be built again, in words for the user, or None."""
-    return _why_not_ready(entry) if (entry / LIBRARY).exists() else None
+    return _why_not_ready(entry, library) if (entry / library).exists() else None
 
 
 def find_failed(key: str, tools: dict[str, str]) -> Failure | None:
@@ -211,10 +223,10 @@ def find_failed(key: str, tools: dict[str, str]) -> Failure | None:
     return None
 
 
-def mark_complete(entry: Path, facts: dict[str, Any]) -> None:
+def mark_complete(entry: Path, facts: dict[str, Any], library: str = LIBRARY) -> None:
     """Make the entry valid: the library is in place, its hash is written down last."""
     (entry / FAILED).unlink(missing_ok=True)
-    write_json(entry / COMPLETE, {"sha256": sha256_file(entry / LIBRARY), "time": time.time(), **facts})
+    write_json(entry / COMPLETE, {"sha256": sha256_file(entry / library), "time": time.time(), **facts})
 
 
 def mark_failed(entry: Path, failure: Failure, tools: dict[str, str]) -> None:

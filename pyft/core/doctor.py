@@ -7,7 +7,6 @@ import importlib.util
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -18,9 +17,12 @@ from types import ModuleType
 from typing import TextIO
 
 from pyft.core import cache, loader
-from pyft.core.build_config import find_torch, make_config, python_include
+from pyft.core.build_config import CUDA_MODULE, MODULE, find_torch, make_config, python_include
 from pyft.core.cache import Failure
 from pyft.core.compile import BuildError, Tools, build_cached, compiler_version, find_tools
+from pyft.core.cuda_archs import present_capabilities
+from pyft.core.cuda_build import cuda_config
+from pyft.core.nvcc import find_nvcc, known_archs, why_not
 from pyft.errors import ConfigError
 from pyft.version import __version__
 
@@ -30,14 +32,19 @@ LABEL = 12
 # What each PYFT_ variable does, for those that are set.
 VARIABLES = {
     "PYFT_BUILD_CORE": "1 while pip installs: build the core then",
+    "PYFT_BUILD_CUDA": "1 or 0 with PYFT_BUILD_CORE=1: build the CUDA core too, or not",
     "PYFT_CACHE_DIR": "the cache folder",
     "PYFT_CORE": "auto, require or off",
     "PYFT_CPU_TARGET": "baseline, avx2 or avx512",
+    "PYFT_CUDA_ARCHS": "compute capabilities that the CUDA core is compiled for",
     "PYFT_CSRC": "build the core from the sources in this folder",
     "PYFT_TEST_DATA": "data sets for the tests",
 }
 # Build variables of others that change what pyft does.
-OTHER_VARIABLES = ("CXX", "CPATH", "CPLUS_INCLUDE_PATH", "CUDA_HOME", "MAX_JOBS", "OMP_NUM_THREADS", "XDG_CACHE_HOME")
+OTHER_VARIABLES = (
+    *("CXX", "CPATH", "CPLUS_INCLUDE_PATH", "CUDA_HOME", "CUDA_PATH", "CUDA_VISIBLE_DEVICES"),
+    *("MAX_JOBS", "OMP_NUM_THREADS", "XDG_CACHE_HOME"),
+)
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ def doctor(build: bool = True, file: TextIO | None = None) -> int:
         file: where to print; default: standard output.
 
     Returns:
-        Exit code: 0, or 1 when the core cannot be built.
+        Exit code: 0, or 1 when the core cannot be built, or that of CUDA where there is a GPU for it.
     """
     file = sys.stdout if file is None else file
     tools = find_tools()
@@ -89,6 +96,7 @@ def doctor(build: bool = True, file: TextIO | None = None) -> int:
         core = _examine_core(build)
     except ConfigError as error:
         core = _Core(str(error), None, Failure(str(error), "unset PYFT_CORE, or set it to one of these"))
+    cuda = _examine_cuda_core(build)
     rows = [
         ("pyft", f"{__version__} at {Path(__file__).resolve().parents[1]}"),
         ("python", f"{platform.python_version()} at {sys.executable}"),
@@ -96,16 +104,17 @@ def doctor(build: bool = True, file: TextIO | None = None) -> int:
         ("CPU", _cpu_row(core.module)),
         ("GPU", _gpu_row()),
         ("core", core.state),
+        ("CUDA core", cuda.state),
         *_tool_rows(tools),
         ("nvcc", _nvcc_row()),
         *_cache_rows(),
         *_variable_rows(),
         *_extra_rows(),
-        ("next", _next(core)),
+        ("next", _next(core, cuda)),
     ]
     for label, text in rows:
         print(_row(label, text), file=file)
-    return 0 if core.failure is None else 1
+    return 0 if core.failure is None and cuda.failure is None else 1
 
 
 def _row(label: str, text: str) -> str:
@@ -114,20 +123,22 @@ def _row(label: str, text: str) -> str:
     return "\n".join(f"{label if number == 0 else '':<{LABEL}}{line}" for number, line in enumerate(lines))
 
 
-def _examine_core(build: bool) -> _Core:
-    """Build (if asked) and load the core; a cached one that cannot be loaded is built again."""
-    status = loader.core_status()
+def _examine_core(build: bool, name: str = MODULE) -> _Core:
+    """Build (if asked) and load a core; a cached one that cannot be loaded is built again."""
+    make = make_config if name == MODULE else cuda_config
+    status = loader.core_status(name)
     if status.state == "failed" and status.key is None:
         return _Core(f"cannot be built: {status.reason}", None, status.failure)
     try:
         if status.state == "off":
-            if build and loader.ahead_of_time(make_config())[0] is None:
-                build_cached(make_config(), retry=True)
+            if build and loader.ahead_of_time(loader.ahead_config(name))[0] is None:
+                build_cached(make(), retry=True)
             return _Core(f"off (PYFT_CORE=off){'; it can be built here' if build else ''}", None, None)
         if status.state != "ready" and not build:
             return _Core(f"{status.state}: {status.reason}", None, status.failure)
-        library = status.path or build_cached(make_config(), retry=True)
-        module, how = _load_or_rebuild(library, "built now" if status.path is None else status.reason, build)
+        library = status.path or build_cached(make(), retry=True)
+        how = "built now" if status.path is None else status.reason
+        module, how = _load_or_rebuild(library, how, build, name)
     except BuildError as error:
         return _Core(f"cannot be used: {error.failure.error}", None, error.failure)
     except (FileNotFoundError, ModuleNotFoundError) as error:
@@ -135,17 +146,35 @@ def _examine_core(build: bool) -> _Core:
     return _Core(f"ready, {how}: {module.__file__}", module, None)
 
 
-def _load_or_rebuild(library: Path, how: str, build: bool) -> tuple[ModuleType, str]:
-    loaded = sys.modules.get("pyft._core")
+def _examine_cuda_core(build: bool) -> _Core:
+    """The same for the core of CUDA, where torch has CUDA and there is a GPU."""
+    try:
+        if find_torch().cuda is None:
+            return _Core("not used: this torch is built without CUDA", None, None)
+        capabilities = present_capabilities()
+        if not capabilities:
+            return _Core("not used: there is no GPU", None, None)
+        core = _examine_core(build, CUDA_MODULE)
+        for_what = ", ".join(f"{major}.{minor}" for major, minor in capabilities)
+        return _Core(f"{core.state}; GPUs of compute capability {for_what}", core.module, core.failure)
+    except ImportError as error:
+        return _Core(f"not used: {error}", None, None)
+    except ConfigError as error:
+        return _Core(str(error), None, Failure(str(error), "set what it names"))
+
+
+def _load_or_rebuild(library: Path, how: str, build: bool, name: str) -> tuple[ModuleType, str]:
+    loaded = sys.modules.get(f"pyft.{name}")
     if loaded is not None:
         return loaded, how
     try:
-        return loader.import_library(library), how
+        return loader.import_library(library, name), how
     except BuildError as error:
         if not build:
             raise
         cache.say(f"building again: {error.failure.error}")
-    return loader.import_library(build_cached(make_config(), rebuild=True)), "built again now"
+    make = make_config if name == MODULE else cuda_config
+    return loader.import_library(build_cached(make(), rebuild=True), name), "built again now"
 
 
 def _torch_rows() -> list[tuple[str, str]]:
@@ -194,7 +223,10 @@ def _gpu_row() -> str:
         reason = f": {str(caught[0].message).splitlines()[0]}" if caught else ""
         return f"none that this torch can use{reason}"
     devices = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
-    return "; ".join(f"{device.name}, {device.total_memory / 2**30:.0f} GiB" for device in devices)
+    return "; ".join(
+        f"{device.name}, {device.total_memory / 2**30:.0f} GiB, compute capability {device.major}.{device.minor}"
+        for device in devices
+    )
 
 
 def _tool_rows(tools: Tools) -> list[tuple[str, str]]:
@@ -219,40 +251,23 @@ def _version(program: str) -> str:
 
 
 def _nvcc_row() -> str:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    places = [Path(home, "bin", "nvcc")] if home else []
-    on_path = shutil.which("nvcc")
-    places += [Path(on_path)] if on_path else []
-    places += [Path("/usr/local/cuda/bin/nvcc")]
-    program = next((str(place) for place in places if os.access(place, os.X_OK)), None)
-    if program is None:
-        return "none (not needed: the core is CPU code)"
-    try:
-        done = subprocess.run([program, "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
-        text = done.stdout
-    except OSError as error:
-        return f"{program} cannot be run ({error.strerror})"
-    found = re.search(r"release (\d+)\.(\d+)", text)
-    release = f"{found.group(1)}.{found.group(2)}" if found else "unknown"
-    return f"{release} at {program}; {nvcc_fit(release)}"
-
-
-def nvcc_fit(release: str) -> str:
-    """Whether nvcc of this release, as "13.0", fits the CUDA of the installed torch.
-
-    >>> nvcc_fit("unknown")
-    'its release cannot be read'
-    """
-    if not re.fullmatch(r"\d+\.\d+", release):
-        return "its release cannot be read"
     try:
         cuda = find_torch().cuda
     except ModuleNotFoundError:
         cuda = None
+    nvcc = find_nvcc(cuda)
+    if nvcc is None:
+        text, mend = why_not(None, cuda) or ("", "")
+        return (
+            f"{text.removeprefix('nvcc is ')}. Mend: {mend}" if cuda is not None else "none (not needed without a GPU)"
+        )
+    archs = [int(arch) for arch in known_archs(nvcc)]
+    range_text = f", for {min(archs)} to {max(archs)}" if archs else ""
+    found = f"{nvcc.release} at {nvcc.path}{range_text}"
     if cuda is None:
-        return "not used: this torch is built without CUDA"
-    same = release.partition(".")[0] == cuda.partition(".")[0]
-    return f"fits torch's CUDA {cuda}" if same else f"does not fit torch's CUDA {cuda}: the first numbers differ"
+        return f"{found}; not used: this torch is built without CUDA"
+    problem = why_not(nvcc, cuda)
+    return f"{found}; fits torch's CUDA {cuda}" if problem is None else f"{found}; {problem[0]}. Mend: {problem[1]}"
 
 
 def _cache_rows() -> list[tuple[str, str]]:
@@ -304,8 +319,10 @@ def _package_version(distribution: str) -> str:
         return "(version unknown)"
 
 
-def _next(core: _Core) -> str:
+def _next(core: _Core, cuda: _Core) -> str:
     """The next thing to type."""
+    if core.failure is None and cuda.failure is not None:
+        return f"{cuda.failure.mend}. Until then pyft computes the same with PyTorch on the GPU, slower"
     if core.failure is not None:
         return f"{core.failure.mend}. Until then pyft computes the same with PyTorch, slower"
     missing = [name for name in ("text", "onnx") if not all(_present(module) for module, _ in EXTRAS[name].packages)]

@@ -1,4 +1,7 @@
-"""Loading the core: an ahead-of-time build that fits, else the cache, else compile it now. Once per process."""
+"""Loading the cores: an ahead-of-time build that fits, else the cache, else compile it now. Once per process.
+
+There are two: that of the CPU, and that of CUDA, which is loaded at the first CUDA tensor that an op sees.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,9 @@ from types import ModuleType
 from typing import Literal
 
 from pyft.core import cache
-from pyft.core.build_config import AHEAD_OF_TIME_RECORD, MODULE, BuildConfig, make_config
+from pyft.core.build_config import CUDA_MODULE, MODULE, BuildConfig, make_config, make_cuda_config, record_name
 from pyft.core.cache import Failure, say
+from pyft.core.cuda_archs import present_capabilities, uncovered
 from pyft.errors import ConfigError, CoreError
 
 MODES = ("auto", "require", "off")
@@ -45,7 +49,8 @@ class _Outcome:
     failure: Failure | None
 
 
-_outcome: _Outcome | None = None
+# By module: what became of loading it.
+_outcomes: dict[str, _Outcome] = {}
 _lock = threading.Lock()
 
 
@@ -69,11 +74,39 @@ def load_core() -> ModuleType | None:
         CoreError: the core cannot be built or loaded, and `PYFT_CORE=require`.
         ConfigError: `PYFT_CORE` has another value.
     """
-    outcome = _outcome
+    return _module_of(MODULE)
+
+
+def load_cuda_core() -> ModuleType | None:
+    """The same for the core of CUDA, whose kernels serve `torch.ops.pyft` on CUDA tensors once this returned it.
+
+    It is compiled for the GPUs of this process, or for what `PYFT_CUDA_ARCHS` names. Call it only where there is a CUDA
+    tensor: looking for GPUs starts CUDA.
+
+    Raises:
+        CoreError: it cannot be built or loaded, and `PYFT_CORE=require`.
+        ConfigError: `PYFT_CORE` has another value.
+    """
+    return _module_of(CUDA_MODULE)
+
+
+def load_core_for(device_type: str) -> ModuleType | None:
+    """The core whose kernels serve tensors of a device, loaded now if need be; None where the reference serves them.
+
+    Args:
+        device_type: `tensor.device.type`.
+    """
+    if device_type == "cpu":
+        return load_core()
+    return load_cuda_core() if device_type == "cuda" else None
+
+
+def _module_of(name: str) -> ModuleType | None:
+    outcome = _outcomes.get(name)
     if outcome is None:
-        outcome = _load_once()
+        outcome = _load_once(name)
     if outcome.module is None and outcome.failure is not None and core_mode() == "require":
-        raise CoreError(failure_text(outcome.failure))
+        raise CoreError(failure_text(outcome.failure, name))
     return outcome.module
 
 
@@ -89,56 +122,70 @@ def core_mode() -> str:
     return mode
 
 
-def failure_text(failure: Failure) -> str:
+def failure_text(failure: Failure, module: str = MODULE) -> str:
     """What went wrong, what mends it, and where the full log is, in one paragraph."""
     log = f" Log: {failure.log}." if failure.log else ""
-    return f"the compiled core cannot be used: {failure.error}. Mend: {failure.mend}.{log}"
+    core = "CUDA core" if module == CUDA_MODULE else "compiled core"
+    return f"the {core} cannot be used: {failure.error}. Mend: {failure.mend}.{log}"
 
 
-def _load_once() -> _Outcome:
+def _load_once(name: str) -> _Outcome:
     from pyft.core.compile import BuildError
 
-    global _outcome
     with _lock:
-        if _outcome is not None:
-            return _outcome
+        if name in _outcomes:
+            return _outcomes[name]
         mode = core_mode()
         if mode == "off":
-            _outcome = _Outcome(None, None)
-            return _outcome
+            return _outcomes.setdefault(name, _Outcome(None, None))
         try:
-            _outcome = _Outcome(_load(), None)
+            _outcomes[name] = _Outcome(_load(name), None)
         except BuildError as error:
             # Kept before the warning, which a filter may turn into an exception.
-            _outcome = _Outcome(None, error.failure)
+            _outcomes[name] = _Outcome(None, error.failure)
             if mode == "auto":
-                text = f"{failure_text(error.failure)} Until then the slower PyTorch reference computes the same"
-                warnings.warn(f"pyft: {text} (PYFT_CORE=off silences this).", RuntimeWarning, stacklevel=3)
-        return _outcome
+                where = " on the GPU" if name == CUDA_MODULE else ""
+                text = f"{failure_text(error.failure, name)} Until then the slower PyTorch reference computes the same"
+                warnings.warn(f"pyft: {text}{where} (PYFT_CORE=off silences this).", RuntimeWarning, stacklevel=4)
+        return _outcomes[name]
 
 
-def _load() -> ModuleType:
+def _load(module: str) -> ModuleType:
     from pyft.core.compile import BuildError, build_cached
 
-    config = _config()
+    config = ahead_config(module)
     library, reason = ahead_of_time(config)
     if library is not None:
         try:
-            return import_library(library)
+            return import_library(library, module)
         except BuildError as error:
             reason = error.failure.error
     if reason is not None:
-        say(f"the core built ahead of time is not used: {reason}")
-    return import_library(build_cached(config))
+        say(f"the {'CUDA ' if module == CUDA_MODULE else ''}core built ahead of time is not used: {reason}")
+    return import_library(build_cached(buildable(config)), module)
 
 
-def _config() -> BuildConfig:
+def ahead_config(module: str = MODULE) -> BuildConfig:
+    """What an ahead-of-time build must fit. For CUDA it names no nvcc and no archs yet: `buildable` adds them."""
     from pyft.core.compile import BuildError
 
     try:
-        return make_config()
+        return make_config() if module == MODULE else make_cuda_config(None, ())
     except (FileNotFoundError, ModuleNotFoundError) as error:
         raise BuildError(str(error), "pip install --force-reinstall pyft (and torch, where it is missing)") from error
+
+
+def buildable(config: BuildConfig) -> BuildConfig:
+    """`config` with all that a build needs.
+
+    Raises:
+        BuildError: for CUDA: there is nothing to compile for, or `PYFT_CUDA_ARCHS` does not serve the GPU.
+    """
+    if config.module == MODULE:
+        return config
+    from pyft.core.cuda_build import cuda_config
+
+    return cuda_config(config.folder)
 
 
 def ahead_of_time(config: BuildConfig, package: Path | None = None) -> tuple[Path | None, str | None]:
@@ -149,10 +196,10 @@ def ahead_of_time(config: BuildConfig, package: Path | None = None) -> tuple[Pat
         package: the folder of the pyft package; default: this one.
     """
     package = Path(__file__).resolve().parents[1] if package is None else package
-    record = cache.read_marker(package / AHEAD_OF_TIME_RECORD)
+    record = cache.read_marker(package / record_name(config.module))
     if record is None:
         return None, None
-    names = (package / f"{MODULE}{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    names = (package / f"{config.module}{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
     library = next((path for path in names if path.is_file()), None)
     if library is None:
         return None, f"it is for Python {record.get('python')}"
@@ -160,11 +207,16 @@ def ahead_of_time(config: BuildConfig, package: Path | None = None) -> tuple[Pat
         return None, f"it was built with torch {record.get('torch')}, this is torch {config.torch.version}"
     if record.get("digest") != config.digest:
         return None, f"the sources in {config.folder} are not those that it was built from"
+    if config.module == CUDA_MODULE:
+        archs = [str(arch) for arch in record.get("archs", [])]
+        lacking = uncovered(archs, present_capabilities())
+        if lacking is not None:
+            return None, f"it was built for {', '.join(archs)}, a GPU here has {lacking[0]}.{lacking[1]}"
     return library, None
 
 
-def import_library(path: Path) -> ModuleType:
-    """Load the compiled module at `path`, after torch, whose libraries it needs.
+def import_library(path: Path, module: str = MODULE) -> ModuleType:
+    """Load the compiled `module` at `path`, after torch, whose libraries it needs.
 
     Raises:
         BuildError: the system's loader or the module itself said no.
@@ -172,17 +224,17 @@ def import_library(path: Path) -> ModuleType:
     from pyft.core.compile import BuildError
 
     importlib.import_module("torch")
-    name = f"pyft.{MODULE}"
+    name = f"pyft.{module}"
     loader = importlib.machinery.ExtensionFileLoader(name, str(path))
     spec = importlib.util.spec_from_file_location(name, path, loader=loader)
     assert spec is not None
     try:
-        module = importlib.util.module_from_spec(spec)
-        loader.exec_module(module)
+        loaded = importlib.util.module_from_spec(spec)
+        loader.exec_module(loaded)
     except (ImportError, OSError, RuntimeError) as error:
         raise BuildError(f"{path} cannot be loaded: {error}", _load_mend(str(error))) from error
-    sys.modules[name] = module
-    return module
+    sys.modules[name] = loaded
+    return loaded
 
 
 def _load_mend(error: str) -> str:
@@ -191,27 +243,32 @@ def _load_mend(error: str) -> str:
     return "run pyft doctor, which builds it again"
 
 
-def core_status() -> CoreStatus:
-    """Where the core stands. Builds and loads nothing, runs no compiler.
+def core_status(module: str = MODULE) -> CoreStatus:
+    """Where a core stands. Builds and loads nothing; for CUDA nvcc is asked for its version.
+
+    Args:
+        module: "_core", or "_core_cuda".
 
     Raises:
         ConfigError: `PYFT_CORE` is not auto, require or off.
     """
-    from pyft.core.compile import BuildError, find_tools
+    from pyft.core.compile import BuildError, find_library, find_tools
 
     off = core_mode() == "off"
     try:
-        config = _config()
+        config = ahead_config(module)
+        library, why_not = ahead_of_time(config)
+        if not off and library is None:
+            config = buildable(config)
     except BuildError as error:
         return CoreStatus("off" if off else "failed", None, None, error.failure.error, error.failure)
     if off:
         return CoreStatus("off", None, config.key, "PYFT_CORE=off")
-    library, why_not = ahead_of_time(config)
     if library is not None:
         return CoreStatus("ready", library, config.key, "built ahead of time")
-    if (library := cache.find_ready(config.key)) is not None:
+    if (library := find_library(config)) is not None:
         return CoreStatus("ready", library, config.key, "in the cache")
-    failure = cache.find_failed(config.key, find_tools().fingerprint())
+    failure = cache.find_failed(config.key, find_tools(config.nvcc).fingerprint())
     if failure is not None:
         return CoreStatus("failed", None, config.key, failure.error, failure)
     return CoreStatus("not built", None, config.key, why_not or "it is compiled at first use")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyft.errors import ConfigError
+from pyft.ops.masked_rows import write_part_
 
 SHOWN = 6
 
@@ -33,6 +34,8 @@ class Entries:
     blocks: Tensor | None = None
     block_size: tuple[int, int] = (1, 1)
     run: int | None = field(init=False, default=None)
+    # Rows and columns on each device other than the CPU: a copy in every step would wait for the GPU.
+    _placed: dict[torch.device, tuple[Tensor | None, Tensor | None]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.rows is None or self.columns is not None or self.blocks is not None or not len(self.rows):
@@ -46,6 +49,10 @@ class Entries:
         return all(_same(getattr(self, name), getattr(other, name)) for name in ("rows", "columns", "blocks"))
 
     __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What lies on a GPU here stays here.
+        return Entries, (self.shape, self.rows, self.columns, self.blocks, self.block_size)
 
     @property
     def part_shape(self) -> tuple[int, ...]:
@@ -96,14 +103,8 @@ class Entries:
             rows, columns = self._indices(full)
             if start is not None:
                 full.narrow(0, start, len(part)).copy_(part)
-            elif rows is not None and columns is not None:
-                full.index_put_((rows[:, None], columns), part)
-            elif rows is not None:
-                full.index_copy_(0, rows, part)
-            elif columns is not None:
-                full.index_copy_(1, columns, part)
             else:
-                full.copy_(part)
+                write_part_(full, part, rows, columns)
 
     def rest(self, full: Tensor) -> Tensor:
         """A copy of `full` in which the entries are 0: what is left is what must not change."""
@@ -112,11 +113,12 @@ class Entries:
         return rest
 
     def _indices(self, full: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        rows, columns = self.rows, self.columns
-        if full.device.type != "cpu":
-            rows = None if rows is None else rows.to(full.device)
-            columns = None if columns is None else columns.to(full.device)
-        return rows, columns
+        if full.device.type == "cpu":
+            return self.rows, self.columns
+        if full.device not in self._placed:
+            rows, columns = (None if index is None else index.to(full.device) for index in (self.rows, self.columns))
+            self._placed[full.device] = (rows, columns)
+        return self._placed[full.device]
 
     def _grid(self, full: Tensor) -> Tensor:
         """(grid rows, grid columns, height, width, ...)"""

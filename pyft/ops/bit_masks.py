@@ -128,10 +128,10 @@ for _name, _reference, _fake in (
 
 def _core(x: Tensor, fp32_only: bool = False) -> bool:
     """Whether the compiled kernels take `x`, which has no gaps."""
-    from pyft.core.loader import load_core
+    from pyft.core.loader import load_core_for
 
-    fits = x.is_cpu and x.layout == torch.strided and x.dtype in (_FP32_ONLY if fp32_only else _CORE_DTYPES)
-    return fits and (torch.compiler.is_compiling() or load_core() is not None)
+    fits = x.layout == torch.strided and x.dtype in (_FP32_ONLY if fp32_only else _CORE_DTYPES)
+    return fits and (torch.compiler.is_compiling() or load_core_for(x.device.type) is not None)
 
 
 def relu_bits(x: Tensor) -> tuple[Tensor, Tensor]:

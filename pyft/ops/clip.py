@@ -86,19 +86,24 @@ def _apply(
     on_core: Callable[[list[int]], None],
     in_pytorch: Callable[[list[int]], None],
 ) -> None:
-    """Hand to the core what it takes and to the reference the rest, by their numbers."""
-    from pyft.core.loader import load_core
+    """Hand to the core of each device what it takes and to the reference the rest, by their numbers."""
+    from pyft.core.loader import load_core_for
 
-    # While tracing, the op itself goes into the graph: it runs on the core if that is loaded, else the reference.
-    with_core = torch.compiler.is_compiling() or load_core() is not None
-    fast = [i for i, fits in enumerate(takes) if fits and with_core]
-    slow = [i for i, fits in enumerate(takes) if not (fits and with_core)]
+    fast: dict[torch.device, list[int]] = {}
+    slow: list[int] = []
+    for i, fits in enumerate(takes):
+        device = grads[i].device
+        # While tracing, the op itself goes into the graph: it runs on the core if that is loaded, else the reference.
+        if fits and (torch.compiler.is_compiling() or load_core_for(device.type) is not None):
+            fast.setdefault(device, []).append(i)
+        else:
+            slow.append(i)
     with torch.no_grad():
-        if fast:
-            on_core(fast)
+        for of_device in fast.values():
+            on_core(of_device)
         if slow:
             in_pytorch(slow)
-    _wrote([grads[i] for i in fast])
+    _wrote([grads[i] for of_device in fast.values() for i in of_device])
 
 
 def _wrote(tensors: list[torch.Tensor]) -> None:
@@ -115,7 +120,9 @@ def scale_checked_(grads: list[torch.Tensor], takes: list[bool], scale: torch.Te
     _apply(
         grads,
         takes,
-        lambda chosen: torch.ops.pyft.scale_grads_([grads[i] for i in chosen], scale.to("cpu", torch.float32)),
+        lambda chosen: torch.ops.pyft.scale_grads_(
+            [grads[i] for i in chosen], scale.to(grads[chosen[0]].device, torch.float32)
+        ),
         lambda chosen: scale_grads_reference_([grads[i] for i in chosen], scale),
     )
 
@@ -137,7 +144,11 @@ def agc_checked_(
     _apply(
         grads,
         [
-            fits and core_takes(param) and _rows_are_contiguous(grad) and _rows_are_contiguous(param)
+            fits
+            and param.device == grad.device
+            and core_takes(param)
+            and _rows_are_contiguous(grad)
+            and _rows_are_contiguous(param)
             for grad, fits, param in zip(grads, takes, params, strict=True)
         ],
         lambda chosen: torch.ops.pyft.agc_grads_(

@@ -76,10 +76,11 @@ torch.library.register_fake("pyft::grad_norm", _fake, lib=LIBRARY)
 
 
 def core_takes(tensor: torch.Tensor) -> bool:
-    """Whether the compiled core takes this tensor as it is: fp32, bf16 or fp16, on the CPU, dense, without gaps."""
+    """Whether a compiled core takes this tensor as it is: fp32, bf16 or fp16, on the CPU or a CUDA device, dense,
+    without gaps."""
     return (
         tensor.dtype in _CORE_DTYPES
-        and tensor.is_cpu
+        and (tensor.is_cpu or tensor.is_cuda)
         and tensor.layout is _STRIDED
         and (tensor.is_contiguous() or torch.empty_like(tensor, device="meta").stride() == tensor.stride())
     )
@@ -87,7 +88,7 @@ def core_takes(tensor: torch.Tensor) -> bool:
 
 def runs_on_core(tensor: torch.Tensor) -> bool:
     """Whether the fp32 kernels of the compiled core take this tensor as it is: fp32, on the CPU, without gaps."""
-    return tensor.dtype == torch.float32 and core_takes(tensor)
+    return tensor.dtype == torch.float32 and tensor.is_cpu and core_takes(tensor)
 
 
 def check_gradients(
@@ -135,14 +136,16 @@ def check_norm_type(norm_type: float) -> float:
 
 def norm_of_checked(grads: list[torch.Tensor], takes: list[bool], norm_type: float) -> torch.Tensor:
     """`grad_norm` of what went through `check_gradients`."""
-    from pyft.core.loader import load_core
+    from pyft.core.loader import load_core_for
 
+    device = grads[0].device if grads else torch.device("cpu")
+    together = all(grad.device == device for grad in grads)
     with torch.no_grad():
         # While tracing, the op itself goes into the graph: it runs on the core if that is loaded, else the reference.
-        if torch.compiler.is_compiling() or load_core() is not None:
+        if together and (torch.compiler.is_compiling() or load_core_for(device.type) is not None):
             fits = all(takes)
             if not fits:
-                grads = [grad.contiguous() if grad.is_cpu and grad.dtype in _CORE_DTYPES else grad for grad in grads]
+                grads = [grad.contiguous() if grad.dtype in _CORE_DTYPES else grad for grad in grads]
                 fits = all(core_takes(grad) for grad in grads)
             if fits:
                 return torch.ops.pyft.grad_norm(grads, norm_type)

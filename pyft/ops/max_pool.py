@@ -96,9 +96,10 @@ for _name, _reference, _fake in (
 
 
 def _core(x: Tensor) -> bool:
-    from pyft.core.loader import load_core
+    from pyft.core.loader import load_core_for
 
-    return x.is_cpu and x.dtype == torch.float32 and (torch.compiler.is_compiling() or load_core() is not None)
+    fits = x.dtype == torch.float32 and x.layout == torch.strided
+    return fits and (torch.compiler.is_compiling() or load_core_for(x.device.type) is not None)
 
 
 def max_pool_offsets(x: Tensor, window: Sequence[int], ceil_mode: bool = False) -> tuple[Tensor, Tensor]:

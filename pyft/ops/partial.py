@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyft.ops.library import LIBRARY, define
+from pyft.ops.masked_rows import gather_columns
 from pyft.ops.weight_gradient import pick, weight_gradient
 
 define(
@@ -120,12 +121,20 @@ def _linear_backward_fake(
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, _, weight_part, bias_part, rows, row_start, columns, blocks, block_size = inputs
     needs = ctx.needs_input_grad
-    kept = input if columns is None or not needs[3] else input.index_select(-1, columns)
+    kept = input if columns is None or not needs[3] else _chosen_columns(input, columns)
     # Where the weight needs no gradient its input is not kept.
     kept = kept if needs[3] else input.new_empty((0, 1))
     ctx.save_for_backward(kept, weight if needs[0] else None, rows, blocks)
     ctx.row_start, ctx.row_count, ctx.block_size = row_start, weight_part.shape[0], block_size
     ctx.dtypes = (weight_part.dtype, None if bias_part is None else bias_part.dtype)
+
+
+def _chosen_columns(input: Tensor, columns: Tensor) -> Tensor:
+    """(..., c) of an input (..., K)."""
+    if input.ndim < 2:
+        return input.index_select(-1, columns)
+    flat = gather_columns(input.detach().reshape(-1, input.shape[-1]), columns)[0]
+    return flat.reshape(*input.shape[:-1], len(columns))
 
 
 def _linear_formula(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -270,7 +270,7 @@ def fits_core(param: Tensor, state: Mapping[str, Tensor]) -> bool:
     if not core_takes(param):
         return False
     for key, tensor in state.items():
-        if tensor.device.type != "cpu":
+        if tensor.device != param.device:
             return False
         if key == "step":
             if tensor.dtype != torch.float32:
@@ -321,7 +321,7 @@ def update_(
     >>> p
     tensor([0.5000])
     """
-    from pyft.core.loader import load_core
+    from pyft.core.loader import load_core_for
 
     if rule not in RULES or RULES[rule].factored:
         known_rules = ", ".join(name for name in RULES if not RULES[name].factored)
@@ -342,40 +342,38 @@ def update_(
         raise ValueError(
             f"state of {rule} needs {', '.join(known.kept) or 'nothing'}, got {', '.join(state) or 'nothing'}"
         )
-    with_core = torch.compiler.is_compiling() or load_core() is not None
     keys = [key for key in state if key != "step"]
-    fast: list[int] = []
+    fast: dict[torch.device, list[int]] = {}
     for i, param in enumerate(params):
         of_one = {key: tensors[i] for key, tensors in state.items()}
         same_device = grads[i].device == param.device and grads[i].dtype != torch.float64
+        with_core = torch.compiler.is_compiling() or load_core_for(param.device.type) is not None
         if with_core and fits_core(param, of_one) and same_device:
-            fast.append(i)
+            fast.setdefault(param.device, []).append(i)
             continue
         scale = 1.0 if clip_coef is None else clip_coef.reshape(())
         step = Step(known, numbers, decay_to_init, scale, None, None, weights, seed, i, first)
         update_reference_(param, grads[i], of_one, step)
-    if not fast:
-        return
-    with torch.no_grad():
-        written = [[state[key][i] for i in fast] for key in keys]
-        chosen = [params[i] for i in fast]
-        torch.ops.pyft.update_(
-            rule,
-            chosen,
-            [in_layout_of(params[i], grads[i]) for i in fast],
-            [slots[key] for key in keys],
-            [tensor for tensors in written for tensor in tensors],
-            [state["step"][i] for i in fast] if "step" in state else [],
-            None if clip_coef is None else clip_coef.to(device="cpu", dtype=torch.float32).reshape(()),
-            numbers,
-            decay_to_init,
-            weights,
-            seed,
-            first,
-        )
-    # Raw writes are unseen by autograd: without this a saved, now stale value is used in silence.
-    for tensors in (chosen, *written):
-        torch.autograd.graph.increment_version(tensors)
+    for device, chosen in fast.items():
+        written = [[state[key][i] for i in chosen] for key in keys]
+        with torch.no_grad():
+            torch.ops.pyft.update_(
+                rule,
+                [params[i] for i in chosen],
+                [in_layout_of(params[i], grads[i]) for i in chosen],
+                [slots[key] for key in keys],
+                [tensor for tensors in written for tensor in tensors],
+                [state["step"][i] for i in chosen] if "step" in state else [],
+                None if clip_coef is None else clip_coef.to(device=device, dtype=torch.float32).reshape(()),
+                numbers,
+                decay_to_init,
+                weights,
+                seed,
+                first,
+            )
+        # Raw writes are unseen by autograd: without this a saved, now stale value is used in silence.
+        for tensors in ([params[i] for i in chosen], *written):
+            torch.autograd.graph.increment_version(tensors)
 
 
 def in_layout_of(param: Tensor, grad: Tensor) -> Tensor:

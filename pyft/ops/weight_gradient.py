@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyft.ops.library import LIBRARY, define
+from pyft.ops.masked_rows import gather_columns
 
 define(
     "partial_weight_gradient(Tensor grad, Tensor input, Tensor? rows, int row_start, int row_count, bool with_sums) "
@@ -24,9 +25,12 @@ def weight_gradient_reference(
     grad: Tensor, input: Tensor, rows: Tensor | None, row_start: int, row_count: int, with_sums: bool
 ) -> tuple[Tensor, Tensor]:
     """The same as `weight_gradient` in PyTorch, for any real dtype and device."""
-    chosen = pick(grad, 1, rows, row_start, row_count)
-    # An op may not give a view of what it got, nor the same tensor twice.
-    return chosen.t().mm(input), chosen.sum(0) if with_sums else grad.new_empty(0)
+    if rows is not None:
+        chosen, sums = gather_columns(grad, rows, with_sums)
+    else:
+        chosen = pick(grad, 1, None, row_start, row_count)
+        sums = chosen.sum(0) if with_sums else grad.new_empty(0)
+    return chosen.t().mm(input), sums
 
 
 def _fake(

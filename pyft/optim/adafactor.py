@@ -10,7 +10,8 @@ from typing_extensions import Unpack
 
 from pyft.ops.rules import RULES, Rule
 from pyft.optim import state as state_of
-from pyft.optim.base import CoreOptimizer, at_least_zero
+from pyft.optim.base import CoreOptimizer
+from pyft.optim.checks import at_least_zero
 from pyft.optim.options import StepOptions, check_switches
 
 

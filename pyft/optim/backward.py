@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from pyft.core.loader import load_core
 from pyft.ops.grad_norm import core_takes
 from pyft.ops.handles import handles_available, tensor_handles
+
+if TYPE_CHECKING:
+    from pyft.optim.device_plan import DevicePlan
 
 # On the gradient itself, so that it cannot be taken for that of another one.
 _ATTRIBUTE = "_pyft_sum_of_squares"
@@ -55,7 +60,7 @@ class BackwardNorms:
                 return
         grad = param.grad
         core = load_core() if handles_available() else None
-        if grad is None or core is None or not core_takes(grad):
+        if grad is None or core is None or not (grad.is_cpu and core_takes(grad)):
             return
         value, place, element = core.sum_of_squares(tensor_handles([grad]), self.clip_value)
         setattr(grad, _ATTRIBUTE, (value, place, element, self.clip_value, grad._version, grad.data_ptr()))
@@ -113,6 +118,16 @@ def norm_in_backward(
     return BackwardNorms([params] if isinstance(params, Tensor) else list(params), accumulate, clip_value)
 
 
+@dataclass
+class InBackward:
+    """What happened in backward since the last step; `plans` are those whose reports are still on a GPU."""
+
+    sums: list[float] = field(default_factory=list)
+    plans: list[DevicePlan] = field(default_factory=list)
+    smallest: float = 1.0
+    bad: str | None = None
+
+
 class UpdateHooks:
     """Calls an optimizer for each parameter whose gradient is complete.
 
@@ -140,3 +155,13 @@ class UpdateHooks:
         for handle in self._handles.values():
             handle.remove()
         self._handles = {}
+
+
+def refuse_several_processes() -> None:
+    """Raise a ValueError where gradients are yet to be averaged over processes."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise ValueError(
+            "step_in_backward=True in several processes would update before gradients are averaged over them; use "
+            "step_in_backward=False"
+        )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,65 +16,22 @@ from pyft.errors import NonFiniteError
 from pyft.ops.rules import RULES, Rule
 from pyft.ops.update import check_parameter
 from pyft.optim import state as state_of
-from pyft.optim.backward import BackwardNorms, UpdateHooks
+from pyft.optim.backward import BackwardNorms, InBackward, UpdateHooks, refuse_several_processes
+from pyft.optim.checks import at_least_zero
 from pyft.optim.decide import Decision, decide
-from pyft.optim.options import Settings, StepOptions, checked
-from pyft.optim.step_plan import GroupStep, Member, StepPlan, add_exactly
-
-
-@dataclass(frozen=True)
-class LastStep:
-    """What the last `step()` did.
-
-    Attributes:
-        total_norm: L2 norm of all gradients, after `clip_value` and before `clip_norm`; None where none was taken.
-        clip_coef: the smallest factor that `clip_norm` applied to any gradient; 1.0 for none.
-        skipped: nothing was updated, since a gradient was not finite; with `step_in_backward`, that parameter.
-        first_bad: the first parameter whose gradient is not finite, "number N" where it has no name; None for none.
-        skipped_steps: how many steps were skipped so far.
-    """
-
-    total_norm: float | None
-    clip_coef: float
-    skipped: bool = False
-    first_bad: str | None = None
-    skipped_steps: int = 0
-
+from pyft.optim.device_plan import (
+    DevicePlan,
+    device_policy,
+    read,
+    refuse_capture,
+    reports_together,
+    takes_all,
+)
+from pyft.optim.options import StepOptions, checked
+from pyft.optim.report import LastStep, nonfinite_message
+from pyft.optim.step_plan import GroupStep, Member, StepPlan, add_exactly, group_step
 
 _EVERY_MOMENT = frozenset(name for rule in RULES.values() for name in rule.kept)
-
-
-class _Shielded:
-    """Keeps torch's load_state_dict from casting a state tensor to the dtype of its parameter."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-
-def _shield(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    shielded = {
-        key: {name: _Shielded(value) for name, value in of_one.items()} if isinstance(of_one, dict) else of_one
-        for key, of_one in state_dict["state"].items()
-    }
-    return {**state_dict, "state": shielded}
-
-
-def _unshield(of_one: Any) -> None:
-    if not isinstance(of_one, dict):
-        return
-    for name, value in of_one.items():
-        if isinstance(value, _Shielded):
-            # A copy: what the user keeps of the loaded state must not change with every step.
-            of_one[name] = value.value.clone() if isinstance(value.value, Tensor) else value.value
-
-
-@dataclass
-class _InBackward:
-    """What happened in backward since the last step."""
-
-    sums: list[float]
-    smallest: float = 1.0
-    bad: str | None = None
 
 
 class CoreOptimizer(torch.optim.Optimizer):
@@ -89,8 +46,8 @@ class CoreOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Any, defaults: dict[str, Any], options: dict[str, Any]) -> None:
         self._options = {name: value for name, value in options.items() if name != "norm_in_backward"}
         self.settings = checked(options, type(self).__name__)
-        self.last_step: LastStep | None = None
-        self.skipped_steps = 0
+        self._last_step: LastStep | None = None
+        self._skipped_steps: int | Tensor = 0
         self._own_norms = options.get("norm_in_backward") is True
         self._forget()
         given = options.get("norm_in_backward")
@@ -101,17 +58,19 @@ class CoreOptimizer(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         """Nothing that belongs to other parameters than these: plans, hooks."""
-        self._plan: StepPlan | None = None
+        self._plan: StepPlan | DevicePlan | None = None
         self._made: list[tuple[Tensor, list[str]]] = []
-        self._plans: dict[int, StepPlan] = {}
+        self._plans: dict[int, StepPlan | DevicePlan] = {}
+        # Of the last step, where it was taken on a GPU.
+        self._device_plan: DevicePlan | None = None
         self._hooks: UpdateHooks | None = None
         self._norms = None
-        self._backward = _InBackward([])
+        self._backward = InBackward()
 
     def _watch(self) -> None:
         params = [param for group in self.param_groups for param in group["params"]]
         if self.settings.step_in_backward:
-            _refuse_several_processes()
+            refuse_several_processes()
             self._hooks = self._hooks or UpdateHooks(self._update_in_backward)
             self._hooks.watch(params)
         if self._own_norms and self._norms is None:
@@ -137,6 +96,23 @@ class CoreOptimizer(torch.optim.Optimizer):
 
     def _adopt(self, param: Tensor, of_one: dict[str, Any]) -> None:
         state_of.adopt(param, of_one, self._moments, self.settings)
+
+    @property
+    def last_step(self) -> LastStep | None:
+        """What the last `step()` did; None before the first.
+
+        On a GPU nothing waits for a step: its report is read, and waited for, when one of its attributes is looked at.
+        """
+        if self._device_plan is not None:
+            # It has the attributes of a LastStep, and is equal to one.
+            return cast(LastStep, self._device_plan.report(self._name_of_number, self._skipped_steps))
+        return self._last_step
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were skipped so far. On a GPU this waits for the last step."""
+        last = self.last_step
+        return int(self._skipped_steps) if last is None else last.skipped_steps
 
     # Options that may change in mid-training.
 
@@ -212,7 +188,7 @@ class CoreOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: groups, sizes or hyperparameters do not fit.
         """
-        handle = self.register_load_state_dict_pre_hook(_shield)
+        handle = self.register_load_state_dict_pre_hook(state_of.shield)
         before = self.state, self.param_groups
         try:
             super().load_state_dict(state_dict)
@@ -222,13 +198,18 @@ class CoreOptimizer(torch.optim.Optimizer):
         finally:
             handle.remove()
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; state that steps on a GPU made and then skipped is not in it, for which it is waited."""
+        self._settle(self._device_plan)
+        return super().state_dict()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "settings" in state:
             self._forget()
         self._plan, self._plans, self._made = None, {}, []
         for of_one in self.state.values():
-            _unshield(of_one)
+            state_of.unshield(of_one)
         for group in self.param_groups:
             for key, value in self._for_torch.items():
                 group.setdefault(key, value)
@@ -255,8 +236,10 @@ class CoreOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps three names here; plans hold addresses and hooks belong to these very parameters.
-        kept = ("settings", "_options", "last_step", "skipped_steps", "_own_norms")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+        self._settle(self._device_plan)
+        kept = {name: getattr(self, name) for name in ("settings", "_options", "_own_norms")}
+        kept |= {"_last_step": read(self.last_step), "_skipped_steps": self.skipped_steps}
+        return {**super().__getstate__(), **kept}
 
     # The step.
 
@@ -291,11 +274,14 @@ class CoreOptimizer(torch.optim.Optimizer):
             return loss
         plan = self._plan_of_this_step()
         free = self.settings.grads == "free"
+        if isinstance(plan, DevicePlan):
+            self._step_on_devices(plan, free)
+            return loss
         known = None if self._norms is None else self._known_sums
         decision = decide(plan, self.settings, known)
         skipped = self._refuses(plan, decision)
         if skipped:
-            self.skipped_steps += 1
+            self._skipped_steps += 1
             if free:
                 for param in plan.params:
                     param.grad = None
@@ -304,8 +290,44 @@ class CoreOptimizer(torch.optim.Optimizer):
             self._made = []
         bad = None if decision.bad is None else self._name(plan.params[decision.bad])
         coef = 1.0 if skipped else decision.smallest
-        self.last_step = LastStep(decision.total_norm, coef, skipped, bad, self.skipped_steps)
+        self._last_step = LastStep(decision.total_norm, coef, skipped, bad, int(self._skipped_steps))
         return loss
+
+    def _step_on_devices(self, plan: DevicePlan, free: bool) -> None:
+        raises = device_policy(self.settings) == "raise"
+        if raises:
+            refuse_capture()
+        plan.step(self._group_steps(), self.settings)
+        if free:
+            for param in plan.params:
+                param.grad = None
+        self._device_plan = None if raises else plan
+        if raises:
+            found = plan.report(self._name_of_number, 0).read()
+            if found.first_bad is not None:
+                self._unmake(self._made)
+                every = [param for group in self.param_groups for param in group["params"]]
+                raise self._nonfinite(every[plan.first_bad()], found.total_norm)
+            self._last_step = replace(found, skipped_steps=int(self._skipped_steps))
+        if raises or not self.settings.takes_norm:
+            self._made = []
+
+    def _leave_device_plan(self) -> None:
+        """Keep the report of a plan that ends, and how many of its steps were skipped; nothing waits."""
+        plan, self._device_plan = self._device_plan, None
+        if plan is not None:
+            self._last_step = cast(LastStep, plan.report(self._name_of_number, self._skipped_steps))
+            self._skipped_steps = plan.skipped() + self._skipped_steps
+
+    def _settle(self, plan: StepPlan | DevicePlan | None) -> None:
+        """State that was made for steps on a GPU is in use, unless they were all skipped: ask before the next plan."""
+        if not isinstance(plan, DevicePlan):
+            return
+        mine = set(map(id, plan.params))
+        made = [entry for entry in self._made if id(entry[0]) in mine]
+        if made and not plan.applied():
+            self._unmake(made)
+        self._made = [entry for entry in self._made if id(entry[0]) not in mine]
 
     _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
     _step_outside_graph = torch.compiler.disable(_step)
@@ -315,34 +337,31 @@ class CoreOptimizer(torch.optim.Optimizer):
         return self._norms.sums(plan.grads, self.settings.clip_value)
 
     def _group_steps(self) -> list[GroupStep]:
-        steps = []
-        for group in self.param_groups:
-            rule = self._rule(group)
-            numbers = self._numbers(group)
-            steps.append(GroupStep(rule, tuple([float(numbers[name]) for name in rule.hyper]), group["decay_to_init"]))
-        return steps
+        return [
+            group_step(self._rule(group), self._numbers(group), group["decay_to_init"]) for group in self.param_groups
+        ]
 
     def _refuses(self, plan: StepPlan, decision: Decision) -> bool:
         """Whether the step must not be taken; then state that was made for it is gone again."""
         policy = self.settings.policy
         if decision.bad is None or policy == "ignore":
             return False
-        self._unmake()
+        self._unmake(self._made)
         if policy == "raise":
-            raise NonFiniteError(self._nonfinite_message(plan.params[decision.bad], decision.total_norm))
+            raise self._nonfinite(plan.params[decision.bad], decision.total_norm)
         return True
 
-    def _unmake(self) -> None:
-        for param, keys in self._made:
+    def _unmake(self, made: list[tuple[Tensor, list[str]]]) -> None:
+        for param, keys in made:
             of_one = self.state[param]
             for key in keys:
                 of_one.pop(key, None)
             if not of_one:
                 del self.state[param]
-        if self._made:
+        if made:
             self._made, self._plan, self._plans = [], None, {}
 
-    def _plan_of_this_step(self) -> StepPlan:
+    def _plan_of_this_step(self) -> StepPlan | DevicePlan:
         plan = self._plan
         if plan is not None and [self._rule(group) for group in self.param_groups] == plan.rules:
             known = plan.gradients(self.param_groups, self.state)
@@ -354,17 +373,19 @@ class CoreOptimizer(torch.optim.Optimizer):
             for param in group["params"]
             if param.grad is not None
         ]
+        self._settle(self._device_plan)
+        self._leave_device_plan()
         self._plan = self._build_plan(present)
         grads: list[Any] = [param.grad for param, _ in present]
         self._plan.take(grads)
         return self._plan
 
-    def _pulls_fit(self, plan: StepPlan) -> bool:
+    def _pulls_fit(self, plan: StepPlan | DevicePlan) -> bool:
         """Whether each group that decays to the first value has that value in the plan."""
         pulled = {number for number, group in enumerate(self.param_groups) if group["decay_to_init"] != 0.0}
         return not pulled or all("init" in member.state for member in plan.members if member.group in pulled)
 
-    def _build_plan(self, present: list[tuple[Tensor, int]]) -> StepPlan:
+    def _build_plan(self, present: list[tuple[Tensor, int]]) -> StepPlan | DevicePlan:
         numbers = {id(p): i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
         members = []
         for param, group_number in present:
@@ -374,14 +395,11 @@ class CoreOptimizer(torch.optim.Optimizer):
             fresh = self._complete_state(param, group, keys)
             of_one = {key: self.state[param][key] for key in keys}
             members.append(Member(param, group_number, numbers[id(param)], of_one, fresh))
-        return StepPlan(
-            members,
-            [self._rule(group) for group in self.param_groups],
-            self.state,
-            weights=self.settings.weights,
-            seed=self.settings.seed,
-            by_rows=self.settings.limits.agc is not None,
-        )
+        rules, by_rows = [self._rule(group) for group in self.param_groups], self.settings.limits.agc is not None
+        precision: dict[str, Any] = {"weights": self.settings.weights, "seed": self.settings.seed}
+        if takes_all(members, rules, by_rows):
+            return DevicePlan(members, rules, self.state, **precision)
+        return StepPlan(members, rules, self.state, by_rows=by_rows, **precision)
 
     def _complete_state(self, param: Tensor, group: dict[str, Any], keys: Iterable[str]) -> bool:
         """Make what is missing; True when moments are new."""
@@ -399,20 +417,18 @@ class CoreOptimizer(torch.optim.Optimizer):
         moments = {key for key in keys if key not in ("step", "init", "remainder", "compensation")}
         return bool(moments) and moments <= made
 
-    def _nonfinite_message(self, param: Tensor, total_norm: float | None) -> str:
-        return (
-            f"the gradients have total norm {total_norm}; the first that is not finite belongs to parameter "
-            f"{self._name(param, quoted=True)} of shape {tuple(param.shape)}. Nothing was updated. Lower the learning "
-            "rate, look for NaN in the inputs, or train in fp32"
-        )
+    def _nonfinite(self, param: Tensor, total_norm: float | None) -> NonFiniteError:
+        return NonFiniteError(nonfinite_message(self._name(param, quoted=True), param, total_norm))
 
     def _name(self, param: Tensor, quoted: bool = False) -> str:
-        names = [name for group in self.param_groups for name in group.get("param_names", [])]
         every = [other for group in self.param_groups for other in group["params"]]
-        place = next(i for i, other in enumerate(every) if other is param)
-        if len(names) != len(every):
-            return f"number {place}"
-        return f"'{names[place]}'" if quoted else str(names[place])
+        return self._name_of_number(next(i for i, other in enumerate(every) if other is param), quoted)
+
+    def _name_of_number(self, number: int, quoted: bool = False) -> str:
+        names = [name for group in self.param_groups for name in group.get("param_names", [])]
+        if len(names) != sum(len(group["params"]) for group in self.param_groups):
+            return f"number {number}"
+        return f"'{names[number]}'" if quoted else str(names[number])
 
     # Updates in backward.
 
@@ -424,11 +440,15 @@ class CoreOptimizer(torch.optim.Optimizer):
         if grad is None:
             return
         fits = plan is not None and plan.rules == [self._rule(g) for g in self.param_groups] and self._pulls_fit(plan)
-        same = fits and plan is not None and all(plan.members[0].state[k] is v for k, v in self._held(plan).items())
+        same = fits and plan is not None and self._holds(plan.members[0])
         if plan is None or not same or not plan.take([grad]):
+            self._settle(plan)
             plan = self._plans[id(param)] = self._build_plan([(param, group)])
             plan.take([grad])
         grad = None
+        if isinstance(plan, DevicePlan):
+            self._update_on_device(plan, param)
+            return
         decision = decide(plan, self.settings, None)
         if decision.total_norm is not None:
             self._backward.sums.append(decision.total_norm**2)
@@ -440,9 +460,22 @@ class CoreOptimizer(torch.optim.Optimizer):
             self._made = []
         param.grad = None
 
-    def _held(self, plan: StepPlan) -> dict[str, Any]:
-        member = plan.members[0]
-        return {key: self.state[member.param].get(key) for key in member.state} if member.state else {}
+    def _update_on_device(self, plan: DevicePlan, param: Tensor) -> None:
+        if device_policy(self.settings) == "raise":
+            self._step_on_devices(plan, True)
+            last = self._last_step
+            assert last is not None
+            self._backward.sums += [] if last.total_norm is None else [last.total_norm**2]
+            self._backward.smallest = min(self._backward.smallest, last.clip_coef)
+            return
+        plan.step(self._group_steps(), self.settings)
+        self._backward.plans.append(plan)
+        param.grad = None
+        if not self.settings.takes_norm:
+            self._made = []
+
+    def _holds(self, member: Member) -> bool:
+        return all(self.state[member.param].get(key) is value for key, value in member.state.items())
 
     def _close_backward(self) -> None:
         """Update what was not seen in backward, and report what was."""
@@ -451,41 +484,15 @@ class CoreOptimizer(torch.optim.Optimizer):
                 if param.grad is not None:
                     self._update_in_backward(param)
         self._watch()
-        done, self._backward = self._backward, _InBackward([])
+        done, self._backward = self._backward, InBackward()
         skipped = done.bad is not None and self.settings.policy == "skip"
-        self.skipped_steps += skipped
+        self._skipped_steps = self._skipped_steps + (skipped and not done.plans)
         total = math.sqrt(add_exactly(done.sums)) if done.sums else None
-        self.last_step = LastStep(total, done.smallest, skipped, done.bad, self.skipped_steps)
-
-
-def _refuse_several_processes() -> None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise ValueError(
-            "step_in_backward=True in several processes would update before gradients are averaged over them; use "
-            "step_in_backward=False"
-        )
-
-
-def at_least_zero(group: dict[str, Any], *names: str) -> None:
-    """Raise a ValueError that names the first of these hyperparameters that is negative or NaN."""
-    for name in names:
-        if not float(group[name]) >= 0.0:
-            raise ValueError(f"{name} must be 0 or more, got {group[name]}")
-
-
-def rates(group: dict[str, Any], name: str) -> tuple[float, ...]:
-    """Numbers that must lie in [0, 1): one, or several as a sequence.
-
-    Raises:
-        ValueError: one does not.
-    """
-    values = group[name] if isinstance(group[name], (tuple, list)) else (group[name],)
-    for i, value in enumerate(values):
-        if not 0.0 <= float(value) < 1.0:
-            place = f"{name}[{i}]" if isinstance(group[name], (tuple, list)) else name
-            raise ValueError(f"{place} must be in [0, 1), got {value}")
-    return tuple(float(value) for value in values)
-
-
-__all__ = ["RULES", "CoreOptimizer", "LastStep", "Settings", "at_least_zero", "rates"]
+        self._last_step = LastStep(total, done.smallest, skipped, done.bad, 0)
+        if done.plans:
+            report, self._skipped_steps = reports_together(
+                done.plans, self._name_of_number, self._last_step, self._skipped_steps
+            )
+            self._last_step = cast(LastStep, report)
+            return
+        self._last_step = replace(self._last_step, skipped_steps=int(self._skipped_steps))

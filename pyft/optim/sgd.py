@@ -8,7 +8,8 @@ import torch
 from typing_extensions import Unpack
 
 from pyft.ops.rules import RULES, Rule
-from pyft.optim.base import CoreOptimizer, at_least_zero
+from pyft.optim.base import CoreOptimizer
+from pyft.optim.checks import at_least_zero
 from pyft.optim.options import StepOptions, check_switches
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyft.core.loader import load_cuda_core
 from pyft.ops import rounding
 from pyft.ops.grad_norm import core_takes
 from pyft.ops.rules import NEVER_NEGATIVE, Rule
@@ -53,10 +54,16 @@ def _like(param: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(param, dtype=dtype, requires_grad=False, memory_format=torch.preserve_format)
 
 
+def counter_device(param: Tensor) -> torch.device:
+    """Where the step counter of a parameter is: where it is used, as with torch's `capturable`, or on the CPU."""
+    on_device = param.is_cuda and core_takes(param) and load_cuda_core() is not None
+    return param.device if on_device else torch.device("cpu")
+
+
 def make_entry(key: str, param: Tensor, settings: Settings) -> Tensor:
     """A new state tensor: zeros, or for "init" the parameter's present value."""
     if key == "step":
-        return torch.zeros((), dtype=torch.float32)
+        return torch.zeros((), dtype=torch.float32, device=counter_device(param))
     if key == "init":
         wide = torch.float64 if param.dtype == torch.float64 else torch.float32
         dtype = torch.bfloat16 if settings.init_dtype == "bfloat16" else wide
@@ -114,8 +121,7 @@ def _adopt_moment(name: str, param: Tensor, state: State, dtype: torch.dtype) ->
 
 
 def adopt(param: Tensor, state: State, moments: tuple[str, ...], settings: Settings) -> None:
-    """Bring loaded state to the form of this optimizer: dtype, layout and device of its moments, an fp32 counter on the
-    CPU.
+    """Bring loaded state to the form of this optimizer: dtype, layout and device of its moments, and an fp32 counter.
 
     Args:
         param: the parameter.
@@ -126,11 +132,11 @@ def adopt(param: Tensor, state: State, moments: tuple[str, ...], settings: Setti
     Raises:
         ValueError: a moment has another shape than the parameter.
     """
-    step = state.get("step")
+    step, device = state.get("step"), counter_device(param)
     if step is not None and not (
-        isinstance(step, Tensor) and step.dtype == torch.float32 and step.device.type == "cpu" and step.ndim == 0
+        isinstance(step, Tensor) and step.dtype == torch.float32 and step.device == device and step.ndim == 0
     ):
-        state["step"] = torch.tensor(float(step), dtype=torch.float32)
+        state["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
     dtype = moment_dtype(param, settings)
     for name in moments:
         if state.get(name) is not None or f"{name}_q8" in state:
@@ -154,3 +160,29 @@ def adopt(param: Tensor, state: State, moments: tuple[str, ...], settings: Setti
         narrow = settings.init_dtype == "bfloat16"
         wide = torch.float64 if param.dtype == torch.float64 else torch.float32
         state["init"] = _in_layout(state["init"], param, torch.bfloat16 if narrow else wide)
+
+
+class Shielded:
+    """Keeps torch's load_state_dict from casting a state tensor to the dtype of its parameter."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def shield(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A load_state_dict pre-hook of torch: state that will not be cast."""
+    shielded = {
+        key: {name: Shielded(value) for name, value in of_one.items()} if isinstance(of_one, dict) else of_one
+        for key, of_one in state_dict["state"].items()
+    }
+    return {**state_dict, "state": shielded}
+
+
+def unshield(of_one: Any) -> None:
+    """The reverse, for the state of one parameter."""
+    if not isinstance(of_one, dict):
+        return
+    for name, value in of_one.items():
+        if isinstance(value, Shielded):
+            # A copy: what the user keeps of the loaded state must not change with every step.
+            of_one[name] = value.value.clone() if isinstance(value.value, Tensor) else value.value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,15 +39,39 @@ class GroupStep:
     rule: Rule
     numbers: tuple[float, ...]
     decay_to_init: float
+    # A learning rate that is on a GPU, in the place of the first of `numbers`.
+    lr: Tensor | None = None
+
+    @property
+    def known_numbers(self) -> tuple[float, ...]:
+        """`numbers` with the learning rate, which is waited for where it is on a GPU."""
+        return self.numbers if self.lr is None else (float(self.lr), *self.numbers[1:])
 
     @property
     def for_core(self) -> tuple[str, tuple[float, ...], float]:
-        """As the core takes it."""
+        """As the CPU's core takes it."""
+        return self.rule.name, self.known_numbers, self.decay_to_init
+
+    @property
+    def for_device(self) -> tuple[str, tuple[float, ...], float]:
+        """As the core of a GPU takes it, beside `lr`."""
         return self.rule.name, self.numbers, self.decay_to_init
 
 
+def is_on_device(value: Any) -> bool:
+    """Whether a hyperparameter is a tensor on a GPU."""
+    return isinstance(value, Tensor) and value.is_cuda
+
+
+def group_step(rule: Rule, numbers: Mapping[str, Any], decay_to_init: float) -> GroupStep:
+    """From the hyperparameters of a group by name. A learning rate on a GPU is left there: asking would wait for it."""
+    lr = numbers["lr"] if is_on_device(numbers["lr"]) else None
+    known = {**numbers, "lr": math.nan} if lr is not None else numbers
+    return GroupStep(rule, tuple([float(known[name]) for name in rule.hyper]), decay_to_init, lr)
+
+
 class StepPlan:
-    """One step of a fixed list of parameters. Parameters that the core cannot take run in PyTorch.
+    """One step of a fixed list of parameters: on the CPU's core, or in PyTorch those that it cannot take.
 
     Args:
         members: the parameters with a gradient.
@@ -83,8 +107,9 @@ class StepPlan:
         on_core = [
             core is not None
             and not rules[member.group].factored
+            and member.param.is_cpu
             and fits_core(member.param, member.state)
-            and not (by_rows and not _rows_are_runs(member.param))
+            and not (by_rows and not rows_are_runs(member.param))
             for member in members
         ]
         self.fast = [i for i, fits in enumerate(on_core) if fits]
@@ -133,7 +158,7 @@ class StepPlan:
     def _take(self, grads: list[Tensor]) -> bool:
         refuse_sparse([grads[i] for i in self.slow])
         for i in self.slow:
-            _check_shape(self.params[i], grads[i])
+            check_shape(self.params[i], grads[i])
         self.grads, self._row_factors = grads, {}
         if self.core_plan is None:
             return True
@@ -142,8 +167,9 @@ class StepPlan:
         if to_be_copied:
             fast = list(fast)
             for i in to_be_copied:
-                _check_shape(self.fast_params[i], fast[i])
-                grad = fast[i] if core_takes(fast[i]) else fast[i].to(device="cpu", dtype=torch.float32)
+                check_shape(self.fast_params[i], fast[i])
+                takes = fast[i].is_cpu and core_takes(fast[i])
+                grad = fast[i] if takes else fast[i].to(device="cpu", dtype=torch.float32)
                 fast[i] = in_layout_of(self.fast_params[i], grad)
             self.relaid = fast
             to_be_copied = self.core_plan.set_gradients(tensor_handles(fast))
@@ -202,7 +228,7 @@ class StepPlan:
                 member.state["step"] += 1
             step = Step(
                 group.rule,
-                group.numbers,
+                group.known_numbers,
                 group.decay_to_init,
                 scales if isinstance(scales, float) else scales[i],
                 clip_value,
@@ -250,7 +276,8 @@ def add_exactly(sums: Sequence[float]) -> float:
         return math.inf
 
 
-def _rows_are_runs(param: Tensor) -> bool:
+def rows_are_runs(param: Tensor) -> bool:
+    """Whether each entry of the first dimension is a run of memory."""
     return param.ndim <= 1 or param.numel() == 0 or param.shape[0] == 1 or param[0].numel() == param.stride(0)
 
 
@@ -272,7 +299,8 @@ def _row_factors(param: Tensor, grad: Tensor, clip_value: float | None, limit: f
     return sums, factors.float()
 
 
-def _check_shape(param: Tensor, grad: Tensor) -> None:
+def check_shape(param: Tensor, grad: Tensor) -> None:
+    """Raise a ValueError where a gradient is not of its parameter's shape."""
     if grad.shape != param.shape:
         raise ValueError(
             f"a gradient has shape {tuple(grad.shape)}, its parameter {tuple(param.shape)}: one of them was replaced "

@@ -30,12 +30,17 @@ PyMODINIT_FUNC PyInit__core() {
 }
 """
 TORCH = """\
-import ctypes, pathlib
+import ctypes, os, pathlib, types
 from torch import version
 __version__ = version.__version__
 for library in sorted((pathlib.Path(__file__).parent / "lib").iterdir()):
     ctypes.CDLL(str(library))
 def get_num_threads(): return 1
+gpus = [tuple(map(int, gpu.split("."))) for gpu in os.environ.get("GPUS", "").split()]
+cuda = types.SimpleNamespace(
+    is_available=lambda: bool(gpus), device_count=lambda: len(gpus), get_device_capability=gpus.__getitem__,
+    get_device_properties=lambda i: types.SimpleNamespace(
+        name="fake", total_memory=2**34, major=gpus[i][0], minor=gpus[i][1]))
 """
 # Loads the core twice and tells as JSON what happened, warnings among it.
 LOAD = """\
@@ -59,8 +64,8 @@ def write_stand_in(folder: Path, answer: int = 42) -> Path:
     return folder
 
 
-def write_version(site: Path, version: str) -> None:
-    text = f"__version__ = '{version}'\ndebug = False\ncuda: Optional[str] = None\ngit_version = 'abc{version}'\n"
+def write_version(site: Path, version: str, cuda: str | None = None) -> None:
+    text = f"__version__ = '{version}'\ndebug = False\ncuda: Optional[str] = {cuda!r}\ngit_version = 'abc{version}'\n"
     (site / "torch" / "version.py").write_text("from typing import Optional\n" + text)
 
 

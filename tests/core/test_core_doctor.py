@@ -35,12 +35,13 @@ def test_healthy_machine(box: Any) -> None:
     assert done.returncode == 0, done.stderr
     told = rows(done.stdout)
     assert list(told) == [
-        *("pyft", "python", "torch", "CPU", "GPU", "core", "compiler", "ninja", "Python.h", "pybind11", "nvcc"),
-        *("cache", "variables", "extras", "next"),
+        *("pyft", "python", "torch", "CPU", "GPU", "core", "CUDA core"),
+        *("compiler", "ninja", "Python.h", "pybind11", "nvcc", "cache", "variables", "extras", "next"),
     ]
     assert told["torch"].startswith("2.13.0, without CUDA")
     assert "target in use: baseline" in told["CPU"]
     assert told["core"].startswith(f"ready, built now: {box.entry() / '_core.so'}")
+    assert told["CUDA core"] == "not used: this torch is built without CUDA"
     assert re.match(r".*\d+\.\d+.* at /", told["compiler"])
     assert re.match(r"\d+\.\d+.* at /", told["ninja"])
     assert re.search(r"MB: 1 built cores, 0 remembered failures", told["cache"])
@@ -118,17 +119,6 @@ def test_bad_mode_is_exit_code_1(box: Any) -> None:
     assert done.returncode == 1
     assert rows(done.stdout)["core"] == "PYFT_CORE is 'on': expected auto, require or off"
     assert rows(done.stdout)["next"].startswith("unset PYFT_CORE")
-
-
-def test_nvcc_must_share_its_first_number_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Install:
-        cuda: str | None = "13.0"
-
-    monkeypatch.setattr(doctor, "find_torch", Install)
-    assert doctor.nvcc_fit("13.2") == "fits torch's CUDA 13.0"
-    assert doctor.nvcc_fit("12.9").startswith("does not fit torch's CUDA 13.0")
-    monkeypatch.setattr(Install, "cuda", None)
-    assert doctor.nvcc_fit("12.9") == "not used: this torch is built without CUDA"
 
 
 def test_extras_are_those_of_the_package() -> None:

@@ -25,7 +25,7 @@ POISONED = ("torch", "numpy", "pybind11", "filelock", "ninja")
 
 def copy_checkout(target: Path, sources: Path = REPOSITORY / "csrc") -> Path:
     """What a build reads, in a folder where it may leave its own folders."""
-    skip = shutil.ignore_patterns("__pycache__", "*.so", "_core.json", "_csrc")
+    skip = shutil.ignore_patterns("__pycache__", "*.so", "_core*.json", "_csrc")
     shutil.copytree(REPOSITORY / "pyft", target / "pyft", ignore=skip)
     shutil.copytree(sources, target / "csrc")
     for name in PACKED:
@@ -84,14 +84,16 @@ def stand_in_checkout(box: Any) -> Path:
 
 def test_pure_wheel_carries_the_sources(pure_wheel: Path) -> None:
     assert pure_wheel.name.endswith("-py3-none-any.whl")
-    expected = {f"pyft/_csrc/{path.name}" for path in (REPOSITORY / "csrc").iterdir() if path.suffix in (".cpp", ".h")}
+    expected = {
+        f"pyft/_csrc/{path.name}" for path in (REPOSITORY / "csrc").iterdir() if path.suffix in (".cpp", ".cu", ".h")
+    }
     found = members(pure_wheel)
     assert expected
     assert {name for name in found if name.startswith("pyft/_csrc/")} == expected
     assert "pyft/_csrc/bindings.cpp" in expected
     tops = {name.split("/")[0] for name in found}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"pyft"}
-    assert not [name for name in found if name.endswith(".so") or "_core.json" in name]
+    assert not [name for name in found if name.endswith(".so") or "_core" in name]
     with zipfile.ZipFile(pure_wheel) as file:
         for name in expected:
             assert file.read(name) == (REPOSITORY / "csrc" / Path(name).name).read_bytes()

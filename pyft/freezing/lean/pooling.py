@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.modules.utils import _pair, _single
 
-from pyft.core.loader import load_core
+from pyft.core.loader import load_core_for
 from pyft.freezing.lean.conditions import acts_on, is_eager, refuse_second, stand_in
 from pyft.ops.max_pool import MOST_PLACES, max_pool_backward, max_pool_offsets, pooled_size
 
@@ -47,7 +47,7 @@ def _lean_max_pool(pool: nn.MaxPool1d | nn.MaxPool2d, x: Tensor, axes: int) -> T
         return None
     keeps = acts_on(x)
     # torch's own kernel takes up to four times as long, so that ours serves passes without gradient, too.
-    if not keeps and ((x.requires_grad and torch.is_grad_enabled()) or load_core() is None):
+    if not keeps and ((x.requires_grad and torch.is_grad_enabled()) or load_core_for(x.device.type) is None):
         return None
     window = _window(pool, axes)
     kernel, padding = window[:2], window[4:6]

@@ -1,0 +1,124 @@
+// What every kernel needs: its launch, the size of its grid, shared memory, and access to global memory.
+// Kernels touch global memory through load, store, their vector forms and atomics alone, and shared memory through
+// PYFT_SHARED: there the host emulation (tests/cuda_emulation) counts traffic and finds races. No torch header.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "host_device.h"
+
+#ifdef PYFT_CUDA_EMULATION
+#include "cuda_emulation.h"
+#else
+#include <cuda_runtime.h>
+// cudaError_t of starting kernel(args...). A kernel with several template arguments goes in parentheses.
+#define PYFT_LAUNCH(kernel, grid, block, stream, ...) ::pyft::launch(kernel, grid, block, stream, __VA_ARGS__)
+// `count` elements of an arithmetic type, used as name[i]; a device function takes `name` as a template argument.
+#define PYFT_SHARED(type, name, count) __shared__ __align__(16) type name[count]
+#endif
+
+namespace pyft {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kVectorBytes = 16;
+
+// N elements that move as one access of at most 16 bytes; their place must be a multiple of their size.
+template <class T, int N>
+struct alignas(sizeof(T) * N) Vector {
+  static_assert(sizeof(T) * N <= kVectorBytes && (N & (N - 1)) == 0, "no such access");
+  T at[N];
+};
+
+template <class T>
+constexpr int kVectorLength = kVectorBytes / static_cast<int>(sizeof(T));
+
+// Whether vectors may begin at each of these places.
+template <class... Pointers>
+bool vector_aligned(const Pointers*... places) {
+  return ((reinterpret_cast<uintptr_t>(places) % kVectorBytes == 0) && ...);
+}
+
+// Blocks that the current device runs at once, but no more than `needed` and at least one.
+template <class Kernel>
+cudaError_t grid_size(Kernel* kernel, int block, int64_t needed, unsigned& grid) {
+  int device = 0, processors = 0, each = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, block, 0);
+  }
+  const int64_t room = static_cast<int64_t>(processors) * each;
+  const int64_t blocks = needed < room ? needed : room;
+  grid = static_cast<unsigned>(blocks < 1 ? 1 : blocks);
+  return error;
+}
+
+#ifdef PYFT_CUDA_EMULATION
+
+using cuda_emulation::load;
+using cuda_emulation::store;
+
+#elif defined(__CUDACC__)
+
+// A failed launch is told once, here: the next one's check must not find it again.
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream, Arguments... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = stream;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  return error == cudaSuccess ? error : cudaGetLastError();
+}
+
+// The integers as which a type moves in one instruction, or the type itself.
+template <class T>
+struct MovesAs {
+  template <class Bits>
+  static constexpr bool kFits = sizeof(T) == sizeof(Bits) && alignof(T) >= alignof(Bits);
+  using type =
+      std::conditional_t<kFits<uint4>, uint4,
+                         std::conditional_t<kFits<uint2>, uint2, std::conditional_t<kFits<unsigned>, unsigned, T> > >;
+};
+
+template <class T>
+__device__ __forceinline__ T load(const T* place) {
+  using Bits = typename MovesAs<T>::type;
+  return __builtin_bit_cast(T, *reinterpret_cast<const Bits*>(place));
+}
+
+template <class T>
+__device__ __forceinline__ void store(T* place, std::type_identity_t<T> value) {
+  using Bits = typename MovesAs<T>::type;
+  *reinterpret_cast<Bits*>(place) = __builtin_bit_cast(Bits, value);
+}
+
+#endif
+
+#if defined(PYFT_CUDA_EMULATION)
+#define PYFT_SITE , cuda_emulation::Site site = cuda_emulation::Site::current()
+#define PYFT_AT_SITE , site
+#elif defined(__CUDACC__)
+#define PYFT_SITE
+#define PYFT_AT_SITE
+#endif
+
+#ifdef PYFT_SITE
+
+template <int N, class T>
+__device__ __forceinline__ Vector<T, N> load_vector(const T* place PYFT_SITE) {
+  return load(reinterpret_cast<const Vector<T, N>*>(place) PYFT_AT_SITE);
+}
+
+template <int N, class T>
+__device__ __forceinline__ void store_vector(T* place, Vector<T, N> value PYFT_SITE) {
+  store(reinterpret_cast<Vector<T, N>*>(place), value PYFT_AT_SITE);
+}
+
+#endif
+
+}  // namespace pyft
