@@ -75,7 +75,9 @@ class _OfOneDevice:
 class DeviceReport:
     """`LastStep` of a step on GPUs, read when one of its attributes is looked at: that waits for the step."""
 
-    def __init__(self, decisions: list[Tensor], with_norm: bool, name: Callable[[int], str], skipped_before: Any) -> None:
+    def __init__(
+        self, decisions: list[Tensor], with_norm: bool, name: Callable[[int], str], skipped_before: Any
+    ) -> None:
         self._decisions, self._with_norm, self._name = decisions, with_norm, name
         self._skipped_before = skipped_before
         self._found: LastStep | None = None
