@@ -43,12 +43,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     if (emulation := config.stash.get(EMULATION, None)) is not None:
-        counters = emulation.counters()
-        kernels = len(emulation.traffic())
-        terminalreporter.write_line(
-            f"CUDA emulation, {config.getoption('--cuda-emulation')}: {kernels} kernels, {counters['launches']} launches, "
-            f"{counters['synchronisations']} synchronisations, {counters['copies']} copies"
-        )
+        counts = ", ".join(f"{count} {name}" for name, count in emulation.counters().items())
+        terminalreporter.write_line(f"CUDA emulation, {emulation.order}: {len(emulation.traffic())} kernels, {counts}")
 
 
 def _skip_if_truly_missing(error: Exception) -> None:

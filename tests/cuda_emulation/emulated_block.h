@@ -65,10 +65,13 @@ struct Thread {
   uint64_t result = 0;
   bool predicate = false;
   unsigned index = 0;
+  int64_t accesses = 0;
 
   unsigned lane() const { return index % warpSize; }
   unsigned warp() const { return index / warpSize; }
 };
+
+constexpr int64_t kManyAccesses = 1 << 10, kMostAccesses = 1 << 20;
 
 // What the lanes of a warp know of each other's accesses through __syncwarp: knows[a][b] is the number of steps of lane
 // b, counted by its __syncwarp calls, that are over for lane a.
@@ -92,8 +95,10 @@ class Block {
   // Waits until all threads have come to the same barrier; gives the number of those with a true predicate.
   int barrier(bool predicate, Site site);
   uint64_t warp_call(WarpCall call, Site site);
-  // Lets others go first where order is random: after atomics.
-  void yield_if_random();
+  // Lets others go first: after atomics where order is random, else after many, for which the thread may be waiting.
+  void yield_after_atomic();
+  // Counts an access: a thread that makes no end of them waits for what nobody does.
+  void count_access(Site site);
   [[noreturn]] void fail(const std::string& message, Site site);
 
  private:
@@ -186,6 +191,7 @@ inline void Block::run(const std::string& kernel, uint3 place, uint64_t number, 
   for (unsigned t = 0; t < count_; ++t) {
     threads_[t]->index = t;
     threads_[t]->state = State::ready;
+    threads_[t]->accesses = 0;
     threads_[t]->fiber.prepare(&Block::enter);
     order_[t] = settings.order == Order::descending ? count_ - 1 - t : t;
   }
@@ -216,9 +222,15 @@ inline void Block::wait(State state, Site site) {
   thread.fiber.leave();
 }
 
-inline void Block::yield_if_random() {
-  if (settings.order == Order::random) {
+inline void Block::yield_after_atomic() {
+  if (settings.order == Order::random || current_->accesses % kManyAccesses == 0) {
     wait(State::ready, current_->site);
+  }
+}
+
+inline void Block::count_access(Site site) {
+  if (++current_->accesses > kMostAccesses) {
+    fail("more than " + std::to_string(kMostAccesses) + " accesses: does it wait for a thread that never comes?", site);
   }
 }
 

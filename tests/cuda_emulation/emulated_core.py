@@ -11,7 +11,6 @@ import os
 import shlex
 import subprocess
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -187,11 +186,7 @@ def load(order: str, sanitize: bool = False) -> tuple[ModuleType, Emulation]:
     # The CPU's kernels first: those that come later replace them.
     if loader.load_core() is None:
         raise RuntimeError("the emulated CUDA core needs the compiled one beside it: see pyft doctor")
-    import pyft.ops.bit_masks, pyft.ops.clip, pyft.ops.max_pool  # noqa: E401
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*registered.*")
-        module = loader.import_library(library, CUDA_MODULE)
+    module = loader.import_library(library, CUDA_MODULE)
     outcomes: dict[str, Any] = loader._outcomes
     outcomes[CUDA_MODULE] = loader._Outcome(module, None)
     emulation = Emulation(library)

@@ -15,6 +15,7 @@
 namespace cuda_emulation {
 
 inline void note_access(const void* place, size_t bytes, size_t alignment, Access access, Site site) {
+  block.count_access(site);
   if (reinterpret_cast<uintptr_t>(place) % alignment != 0) {
     block.fail("an access of " + std::to_string(bytes) + " bytes is misaligned: its address is " +
                    std::to_string(reinterpret_cast<uintptr_t>(place) % alignment) + " modulo " +
@@ -120,6 +121,7 @@ class SharedArray {
   T* address() const { return reinterpret_cast<T*>(storage_->bytes.get()) + offset_; }
 
   void note(Access access, Site site) const {
+    block.count_access(site);
     const int64_t count = static_cast<int64_t>(storage_->cells.size());
     if (offset_ < 0 || offset_ >= count) {
       block.fail("index " + std::to_string(offset_) + " is outside the shared array " + storage_->name + " of " +

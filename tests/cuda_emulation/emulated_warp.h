@@ -81,7 +81,7 @@ auto update_atomically(Place place, const Change& change, Site site) {
   T* at = address_of(place);
   const T old = *at;
   *at = change(old);
-  block.yield_if_random();
+  block.yield_after_atomic();
   return old;
 }
 
