@@ -40,11 +40,16 @@ void agc_grads_(const std::vector<Tensor>& grads, const std::vector<Tensor>& par
   if (grads.empty()) {
     return;
   }
+  for (size_t i = 0; i < grads.size(); ++i) {
+    check_same_sizes(grads[i], params[i], i);
+  }
+  const CudaDevice device(grads[0]);
+  const TensorList of_grads(grads, "grads"), of_params(params, "params");
+  STD_TORCH_CHECK(together(grads[0], params[0]), "params must be on the device of grads");
   std::vector<int64_t> rows, lengths;
   std::vector<DeviceRows> shapes;
   int64_t first_row = 0;
   for (size_t i = 0; i < grads.size(); ++i) {
-    check_same_sizes(grads[i], params[i], i);
     const RowShape shape = row_shape(grads[i], "grads", i);
     row_shape(params[i], "params", i);
     // Nothing is to be read of rows without elements.
@@ -53,9 +58,6 @@ void agc_grads_(const std::vector<Tensor>& grads, const std::vector<Tensor>& par
     shapes.push_back({shape.length, first_row});
     first_row += rows.back();
   }
-  const CudaDevice device(grads[0]);
-  const TensorList of_grads(grads, "grads"), of_params(params, "params");
-  STD_TORCH_CHECK(together(grads[0], params[0]), "params must be on the device of grads");
   DeviceTable<RowTask> tasks;
   DeviceTable<DeviceRows> device_rows;
   DeviceTable<float> factors;

@@ -18,11 +18,11 @@ inline torch::stable::Tensor device_bytes(int64_t bytes, const torch::stable::Te
   return torch::stable::empty({bytes}, torch::headeronly::ScalarType::Byte, std::nullopt, like.device());
 }
 
-// Copies `bytes` from the host to the beginning of `to`, in the order of the current stream.
-inline void copy_to_device(const void* from, int64_t bytes, torch::stable::Tensor to) {
-  torch::stable::Tensor staged = torch::stable::empty({bytes}, torch::headeronly::ScalarType::Byte, std::nullopt,
-                                                      std::nullopt, to.is_cuda() ? std::optional(true) : std::nullopt);
-  std::memcpy(staged.mutable_data_ptr(), from, bytes);
+// Fills `to`, of one dimension, from the host, in the order of the current stream.
+inline void copy_to_device(const void* from, torch::stable::Tensor to) {
+  torch::stable::Tensor staged = torch::stable::empty({to.numel()}, to.scalar_type(), std::nullopt, std::nullopt,
+                                                      to.is_cuda() ? std::optional(true) : std::nullopt);
+  std::memcpy(staged.mutable_data_ptr(), from, to.numel() * to.element_size());
   torch::stable::copy_(to, staged, true);
 }
 
@@ -42,7 +42,7 @@ class DeviceTable {
     }
     values_ = std::move(values);
     if (bytes > 0) {
-      copy_to_device(values_.data(), bytes, *device_);
+      copy_to_device(values_.data(), *device_);
     }
     return bytes > 0;
   }

@@ -386,7 +386,9 @@ __device__ __forceinline__ void update_block(const Tensor& t, const DeviceFloats
 #pragma unroll
   for (int k = 0; k < kMoments; ++k) {
     if ((c.moments >> k & 1) != 0 && t.format(k) == MomentFormat::int8) {
-      scales[k] = load(in_global(t.scales(k) + begin / kBlock));
+      // By the lane that will write it.
+      const float scale = lane == 0 ? load(in_global(t.scales(k) + begin / kBlock)) : 0.0f;
+      scales[k] = __shfl_sync(kAllLanes, scale, 0);
     }
   }
 #pragma unroll

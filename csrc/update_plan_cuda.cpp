@@ -144,7 +144,7 @@ void CudaUpdatePlan::reset_decision() {
   plain.coef = 1.0f;
   constexpr int64_t kCounts = offsetof(StepDecision, total_norm) / 8, kWords = sizeof(StepDecision) / 8;
   Tensor words = torch::stable::view(decision_, {kWords});
-  copy_to_device(reinterpret_cast<const int64_t*>(&plain) + kCounts, (kWords - kCounts) * 8,
+  copy_to_device(reinterpret_cast<const int64_t*>(&plain) + kCounts,
                  torch::stable::narrow(words, 0, kCounts, kWords - kCounts));
   ++uploads_;
 }

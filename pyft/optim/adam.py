@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 from pyft.ops.rules import RULES, Rule
 from pyft.optim.base import CoreOptimizer
 from pyft.optim.checks import at_least_zero, rates
-from pyft.optim.options import StepOptions, check_switches
+from pyft.optim.options import StepOptions, check_capturable, check_switches
 
 
 class Adam(CoreOptimizer):
@@ -30,7 +30,8 @@ class Adam(CoreOptimizer):
         amsgrad: divide by the largest second moment so far (Reddi et al., ICLR 2018). Default: False.
         foreach, fused: of torch; ignored with a warning.
         maximize: go up the gradient. Default: False.
-        capturable, differentiable: of torch; refused.
+        capturable: of torch; on a GPU a step always is, on the CPU it is refused. Default: False.
+        differentiable: of torch; refused.
         decoupled_weight_decay: decay the parameter itself, as AdamW. Default: False.
         options: clipping, precision and the like: see `pyft.optim.StepOptions`.
 
@@ -67,12 +68,12 @@ class Adam(CoreOptimizer):
         decoupled_weight_decay: bool = False,
         **options: Unpack[StepOptions],
     ) -> None:
-        check_switches(
-            type(self).__name__, foreach=foreach, fused=fused, capturable=capturable, differentiable=differentiable
-        )
+        check_switches(type(self).__name__, foreach=foreach, fused=fused, differentiable=differentiable)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
         defaults |= {"maximize": maximize, "decoupled_weight_decay": decoupled_weight_decay}
         super().__init__(params, defaults, dict(options))
+        if capturable:
+            check_capturable(type(self).__name__, [param for group in self.param_groups for param in group["params"]])
 
     def _check_group(self, group: dict[str, Any]) -> None:
         if len(rates(group, "betas")) != 2:

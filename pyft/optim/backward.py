@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from torch import Tensor
 from pyft.core.loader import load_core
 from pyft.ops.grad_norm import core_takes
 from pyft.ops.handles import handles_available, tensor_handles
+
+if TYPE_CHECKING:
+    from pyft.optim.device_plan import DevicePlan
 
 # On the gradient itself, so that it cannot be taken for that of another one.
 _ATTRIBUTE = "_pyft_sum_of_squares"
@@ -112,6 +116,16 @@ def norm_in_backward(
     if accumulate < 1:
         raise ValueError(f"accumulate must be 1 or more, got {accumulate}")
     return BackwardNorms([params] if isinstance(params, Tensor) else list(params), accumulate, clip_value)
+
+
+@dataclass
+class InBackward:
+    """What happened in backward since the last step; `plans` are those whose reports are still on a GPU."""
+
+    sums: list[float] = field(default_factory=list)
+    plans: list[DevicePlan] = field(default_factory=list)
+    smallest: float = 1.0
+    bad: str | None = None
 
 
 class UpdateHooks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -16,26 +16,22 @@ from pyft.errors import NonFiniteError
 from pyft.ops.rules import RULES, Rule
 from pyft.ops.update import check_parameter
 from pyft.optim import state as state_of
+from pyft.optim.backward import BackwardNorms, InBackward, UpdateHooks, refuse_several_processes
 from pyft.optim.checks import at_least_zero
-from pyft.optim.backward import BackwardNorms, UpdateHooks, refuse_several_processes
 from pyft.optim.decide import Decision, decide
-from pyft.optim.device_plan import DevicePlan, DeviceReport, device_policy, refuse_capture, reports_together, takes_all
-from pyft.optim.options import Settings, StepOptions, checked
+from pyft.optim.device_plan import (
+    DevicePlan,
+    DeviceReport,
+    device_policy,
+    refuse_capture,
+    reports_together,
+    takes_all,
+)
+from pyft.optim.options import StepOptions, checked
 from pyft.optim.report import LastStep, nonfinite_message
-from pyft.optim.step_plan import GroupStep, Member, StepPlan, add_exactly
-
+from pyft.optim.step_plan import GroupStep, Member, StepPlan, add_exactly, group_step
 
 _EVERY_MOMENT = frozenset(name for rule in RULES.values() for name in rule.kept)
-
-
-@dataclass
-class _InBackward:
-    """What happened in backward since the last step; `plans` are those whose reports are still on a GPU."""
-
-    sums: list[float] = field(default_factory=list)
-    plans: list[DevicePlan] = field(default_factory=list)
-    smallest: float = 1.0
-    bad: str | None = None
 
 
 class CoreOptimizer(torch.optim.Optimizer):
@@ -69,7 +65,7 @@ class CoreOptimizer(torch.optim.Optimizer):
         self._device_plan: DevicePlan | None = None
         self._hooks: UpdateHooks | None = None
         self._norms = None
-        self._backward = _InBackward()
+        self._backward = InBackward()
 
     def _watch(self) -> None:
         params = [param for group in self.param_groups for param in group["params"]]
@@ -341,19 +337,9 @@ class CoreOptimizer(torch.optim.Optimizer):
         return self._norms.sums(plan.grads, self.settings.clip_value)
 
     def _group_steps(self) -> list[GroupStep]:
-        steps = []
-        for group in self.param_groups:
-            rule = self._rule(group)
-            numbers = self._numbers(group)
-            lr = numbers["lr"]
-            if isinstance(lr, Tensor) and lr.is_cuda:
-                # Read where it is: asking for its value would wait for the GPU.
-                numbers = {**numbers, "lr": math.nan}
-            else:
-                lr = None
-            values = tuple([float(numbers[name]) for name in rule.hyper])
-            steps.append(GroupStep(rule, values, group["decay_to_init"], lr))
-        return steps
+        return [
+            group_step(self._rule(group), self._numbers(group), group["decay_to_init"]) for group in self.param_groups
+        ]
 
     def _refuses(self, plan: StepPlan, decision: Decision) -> bool:
         """Whether the step must not be taken; then state that was made for it is gone again."""
@@ -499,7 +485,7 @@ class CoreOptimizer(torch.optim.Optimizer):
                 if param.grad is not None:
                     self._update_in_backward(param)
         self._watch()
-        done, self._backward = self._backward, _InBackward()
+        done, self._backward = self._backward, InBackward()
         skipped = done.bad is not None and self.settings.policy == "skip"
         self._skipped_steps = self._skipped_steps + (skipped and not done.plans)
         total = math.sqrt(add_exactly(done.sums)) if done.sums else None
@@ -511,6 +497,3 @@ class CoreOptimizer(torch.optim.Optimizer):
             self._last_step = cast(LastStep, report)
         else:
             self._last_step = replace(self._last_step, skipped_steps=int(self._skipped_steps))
-
-
-__all__ = ["RULES", "CoreOptimizer", "LastStep", "Settings"]

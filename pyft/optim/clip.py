@@ -25,6 +25,12 @@ def clip_coefficient(total_norm: float, max_norm: float) -> float:
     return min(1.0, _fp32(_fp32(1.0 / _fp32(norm + _fp32(1e-6))) * _fp32(max_norm)))
 
 
+def coefficient_on_device(total_norm: torch.Tensor, max_norm: float) -> torch.Tensor:
+    """`clip_coefficient` of a norm, () float32, that is not waited for; 1 where it is not finite."""
+    coef = ((total_norm + 1e-6).reciprocal() * max_norm).clamp(max=1.0)
+    return torch.where(total_norm.isfinite(), coef, 1.0)
+
+
 def _fp32(value: float) -> float:
     # NumPy's scalars take ten times as long, which a small model's step would feel.
     return ctypes.c_float(value).value
@@ -102,7 +108,8 @@ def clip_grad_norm_(
     Differs where torch destroys gradients: norms are accumulated in float64 and returned in fp32 at least, so large
     fp16 gradients are not zeroed; when the norm is NaN or inf the gradients are left as they are, for the caller to
     look at; and where nothing has to be clipped nothing is written. The same bits for any number of threads and any
-    order of parameters.
+    order of parameters. On a GPU nothing waits, unless `error_if_nonfinite` asks for it; gradients whose norm exceeds
+    fp32 are then left as they are.
 
     Args:
         parameters: a tensor or several; those without a gradient are passed over. Any dtype, layout, device.
@@ -130,6 +137,9 @@ def clip_grad_norm_(
     max_norm, norm_type = at_least_zero(max_norm, "max_norm"), check_norm_type(norm_type)
     grads, takes = _gradients_of(_listed(parameters))
     norm = norm_of_checked(grads, takes, norm_type)
+    if norm.is_cuda and norm.dtype == torch.float32 and not error_if_nonfinite:
+        scale_checked_(grads, takes, coefficient_on_device(norm, max_norm))
+        return norm
     value = float(norm)
     if math.isinf(value):
         # Finite gradients can have a norm that only float64 holds.

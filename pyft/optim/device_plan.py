@@ -30,6 +30,11 @@ def device_core(param: Tensor) -> Any:
     return load_cuda_core() if param.is_cuda and handles_available() else None
 
 
+def device_of(param: Tensor) -> torch.device:
+    """Parameters with the same one are updated by one plan of the core."""
+    return param.device
+
+
 def device_policy(settings: Settings) -> str:
     """What is done about NaN and inf on a GPU: where nothing is said, what needs no look at the result."""
     return settings.on_nonfinite or ("skip" if settings.limits.any else "ignore")
@@ -49,8 +54,9 @@ def takes_all(members: Sequence[Member], rules: Sequence[Rule], by_rows: bool) -
 class _OfOneDevice:
     """What one GPU's part of the plan consists of."""
 
-    def __init__(self, device: torch.device, members: list[Member], places: list[int]) -> None:
+    def __init__(self, members: list[Member], places: list[int]) -> None:
         self.members, self.places = members, places
+        device = members[0].param.device
         words = torch.frombuffer(bytearray(_NEW_DECISION), dtype=torch.int64)
         self.decision = words.to(device)
         self.parts = torch.empty(0, dtype=torch.float64, device=device)
@@ -150,13 +156,13 @@ class DevicePlan:
             self.held_state = core.HeldState(self.params, [member.group for member in members], state, keys)
         by_device: dict[torch.device, list[int]] = {}
         for place, param in enumerate(self.params):
-            by_device.setdefault(param.device, []).append(place)
-        self.devices = [_OfOneDevice(device, [members[i] for i in at], at) for device, at in by_device.items()]
+            by_device.setdefault(device_of(param), []).append(place)
+        self.devices = [_OfOneDevice([members[i] for i in places], places) for places in by_device.values()]
         for of_one in self.devices:
             of_one.core_plan = self._core_plan(of_one, weights, seed)
         self._with_norm = False
         self._lrs: list[Tensor] = []
-        self._handed_out: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._handed_out: list[weakref.ref[DeviceReport]] = []
 
     def _core_plan(self, of_one: _OfOneDevice, weights: str, seed: int) -> Any:
         present: list[int] = []
@@ -196,9 +202,10 @@ class DevicePlan:
 
     def step(self, groups: Sequence[GroupStep], settings: Settings) -> None:
         """Norms, decision, counters and update: enqueued on the current stream of each GPU."""
-        for report in self._handed_out:
-            report.keep()
-        self._handed_out.clear()
+        for reference in self._handed_out:
+            if (report := reference()) is not None:
+                report.keep()
+        self._handed_out = []
         # Raw writes are unseen by autograd: without this a saved, now stale weight is used in silence.
         torch.autograd.graph.increment_version(self.params)
         limits, policy = settings.limits, device_policy(settings)
@@ -251,7 +258,7 @@ class DevicePlan:
     def report(self, name: Callable[[int], str], skipped_before: Any) -> DeviceReport:
         """What the last step did, to be read when it is looked at."""
         report = DeviceReport([of_one.decision for of_one in self.devices], self._with_norm, name, skipped_before)
-        self._handed_out.add(report)
+        self._handed_out = [*(one for one in self._handed_out if one() is not None), weakref.ref(report)]
         return report
 
     def applied(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
@@ -24,6 +24,12 @@ WEIGHTS = ("plain", "split32", "kahan", "stochastic")
 class StepOptions(TypedDict, total=False):
     """Keywords of every optimizer in `pyft.optim`.
 
+    Where all parameters are on GPUs and the CUDA core is there, a step waits for nothing and can be captured in a CUDA
+    graph: norms, clip factors, step counters and the decision about NaN stay on the GPU, in one launch, or three where
+    norms are taken. With several GPUs the norm is that over all of them, for one small copy from each to each.
+    Parameters on CPU and GPU together, float64 ones, or rows of "agc" that are no runs of memory, make all of them run
+    in PyTorch.
+
     Attributes:
         clip_norm: limit of `clip_mode`, or limits of several modes by name, for instance {"agc": 0.01, "global": 1.0}:
             one of "tensor" and "agc", and one of "group" and "global". Default: None.
@@ -35,7 +41,9 @@ class StepOptions(TypedDict, total=False):
             or agc, then group or global. `p.grad` itself is never changed.
         on_nonfinite: "skip" a step whose gradients hold NaN or inf, "raise" NonFiniteError, or "ignore" it (then a norm
             that is not finite scales nothing). Looked at before anything is written. Default: None, "raise" where a
-            norm is taken anyway, else "ignore", without an extra pass over the gradients.
+            norm is taken anyway, else "ignore", without an extra pass over the gradients. On a GPU "raise" waits for
+            every step to read one flag, so None there means "skip" where a norm is taken anyway: look at
+            `last_step.skipped`, or ask for "raise".
         decay_to_init: decay toward the value of the parameter at its first step (L2-SP, Li et al. 2018), decoupled
             where weight decay is; a group may have its own. Default: 0.0.
         init_dtype: in what that value is kept: "float32" or "bfloat16". Default: "float32".
@@ -48,7 +56,7 @@ class StepOptions(TypedDict, total=False):
         step_in_backward: each parameter is updated in backward, as soon as its gradient is there, and the gradient
             freed. Every backward is a step: not for accumulation, GradScaler or several processes. Default: False.
         norm_in_backward: True, or what `pyft.optim.norm_in_backward` gave: norms are taken in backward, while
-            gradients are in the cache. Default: False.
+            gradients are in the cache. Parameters on a GPU are passed over. Default: False.
         seed: of all stochastic rounding. Default: 0.
     """
 
@@ -180,15 +188,24 @@ def checked(options: Mapping[str, Any], owner: str) -> Settings:
     )
 
 
+def check_capturable(owner: str, params: Iterable[torch.Tensor]) -> None:
+    """For torch's `capturable=True`.
+
+    Raises:
+        ValueError: a parameter is on the CPU, where no graph is captured.
+    """
+    if not all(param.is_cuda for param in params):
+        raise ValueError(f"{owner} does not support capturable=True on the CPU; leave it off: on a GPU every step is")
+
+
 def check_switches(owner: str, **switches: bool | None) -> None:
     """torch's keywords for its own implementations.
 
     Raises:
-        ValueError: `capturable` or `differentiable` is set, which change what a step may do.
+        ValueError: `differentiable` is set, which changes what a step may do.
     """
-    for name in ("capturable", "differentiable"):
-        if switches.pop(name, False):
-            raise ValueError(f"{owner} does not support {name}=True; use torch.optim.{owner}")
+    if switches.pop("differentiable", False):
+        raise ValueError(f"{owner} does not support differentiable=True; use torch.optim.{owner}")
     chosen = [f"{name}=True" for name, value in switches.items() if value]
     if chosen:
         warnings.warn(

@@ -29,7 +29,7 @@ class LastStep:
 def nonfinite_message(name: str, param: Tensor, total_norm: float | None) -> str:
     """What a refused step says."""
     return (
-        f"the gradients have total norm {total_norm}; the first that is not finite belongs to parameter {name} of shape "
-        f"{tuple(param.shape)}. Nothing was updated. Lower the learning rate, look for NaN in the inputs, or train in "
-        "fp32"
+        f"the gradients have total norm {total_norm}; the first that is not finite belongs to parameter {name} of "
+        f"shape {tuple(param.shape)}. Nothing was updated. Lower the learning rate, look for NaN in the inputs, or "
+        "train in fp32"
     )

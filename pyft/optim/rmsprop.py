@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 from pyft.ops.rules import RULES, Rule
 from pyft.optim.base import CoreOptimizer
 from pyft.optim.checks import at_least_zero
-from pyft.optim.options import StepOptions, check_switches
+from pyft.optim.options import StepOptions, check_capturable, check_switches
 
 
 class RMSprop(CoreOptimizer):
@@ -29,7 +29,8 @@ class RMSprop(CoreOptimizer):
         centered: divide by the standard deviation instead. Default: False.
         maximize: go up the gradient. Default: False.
         foreach: of torch; ignored with a warning.
-        capturable, differentiable: of torch; refused.
+        capturable: of torch; on a GPU a step always is, on the CPU it is refused. Default: False.
+        differentiable: of torch; refused.
         options: clipping, precision and the like: see `pyft.optim.StepOptions`.
 
     Raises:
@@ -60,9 +61,11 @@ class RMSprop(CoreOptimizer):
         differentiable: bool = False,
         **options: Unpack[StepOptions],
     ) -> None:
-        check_switches("RMSprop", foreach=foreach, capturable=capturable, differentiable=differentiable)
+        check_switches("RMSprop", foreach=foreach, differentiable=differentiable)
         defaults = {"lr": lr, "momentum": momentum, "alpha": alpha, "eps": eps, "centered": centered}
         super().__init__(params, {**defaults, "weight_decay": weight_decay, "maximize": maximize}, dict(options))
+        if capturable:
+            check_capturable("RMSprop", [param for group in self.param_groups for param in group["params"]])
 
     def _check_group(self, group: dict[str, Any]) -> None:
         if not 0.0 <= float(group["alpha"]) <= 1.0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,18 @@ class GroupStep:
     def for_device(self) -> tuple[str, tuple[float, ...], float]:
         """As the core of a GPU takes it, beside `lr`."""
         return self.rule.name, self.numbers, self.decay_to_init
+
+
+def is_on_device(value: Any) -> bool:
+    """Whether a hyperparameter is a tensor on a GPU."""
+    return isinstance(value, Tensor) and value.is_cuda
+
+
+def group_step(rule: Rule, numbers: Mapping[str, Any], decay_to_init: float) -> GroupStep:
+    """From the hyperparameters of a group by name. A learning rate on a GPU is left there: asking would wait for it."""
+    lr = numbers["lr"] if is_on_device(numbers["lr"]) else None
+    known = {**numbers, "lr": math.nan} if lr is not None else numbers
+    return GroupStep(rule, tuple([float(known[name]) for name in rule.hyper]), decay_to_init, lr)
 
 
 class StepPlan:

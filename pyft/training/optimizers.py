@@ -32,5 +32,5 @@ def build_optimizer(named: NamedParameters, settings: Settings, lr: float) -> to
     groups = parameter_groups(named, settings.weight_decay)
     clip_norm = settings.clip or math.inf
     if settings.optimizer == "sgd":
-        return SGD(groups, lr=lr, momentum=settings.momentum, clip_norm=clip_norm)
-    return AdamW(groups, lr=lr, clip_norm=clip_norm)
+        return SGD(groups, lr=lr, momentum=settings.momentum, clip_norm=clip_norm, on_nonfinite="raise")
+    return AdamW(groups, lr=lr, clip_norm=clip_norm, on_nonfinite="raise")

@@ -19,6 +19,25 @@ SHAPES = [(30, 20), (7,), (4, 3, 3, 3), (0,), (), (257,)]
 Tensors = Iterable[torch.Tensor]
 
 
+@pytest.fixture(autouse=True)
+def plans_of_the_emulated_gpu(emulation: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --cuda-emulation, parameters on the CPU are taken for ones on a GPU; what is not finite is treated as there.
+
+    Tests that ask for the backend "reference" have that.
+    """
+    if (
+        emulation is None
+        or getattr(getattr(request.node, "callspec", None), "params", {}).get("backend") == "reference"
+    ):
+        return
+    from pyft.core.loader import load_cuda_core
+    from pyft.optim import base, device_plan
+
+    monkeypatch.setattr(device_plan, "device_core", lambda param: load_cuda_core())
+    for module in (base, device_plan):
+        monkeypatch.setattr(module, "device_policy", lambda settings: settings.policy)
+
+
 @pytest.fixture
 def make_params() -> Callable[..., list[torch.nn.Parameter]]:
     """make_params(seed=0, dtype=float32, shapes=SHAPES): standard normal parameters."""
