@@ -33,6 +33,7 @@ pyft::ClipOptions clip_options(const py::dict& options) {
   clip.global = number(options, "global");
   clip.refuses = options["refuses"].cast<bool>();
   clip.takes_norm = options["takes_norm"].cast<bool>();
+  clip.captured = options["captured"].cast<bool>();
   return clip;
 }
 

@@ -20,6 +20,7 @@ void scale_grads_(const std::vector<Tensor>& grads, const Tensor& scale) {
                       scale.scalar_type() == torch::headeronly::ScalarType::Float,
                   "scale must be one float32 number on the device of grads");
   const CudaDevice device(grads[0]);
+  refuse_capture(device.stream(), "scale_grads_");
   const TensorList list(grads, "grads");
   check_launch(launch_scale(list.table(), static_cast<const float*>(scale.const_data_ptr()), device.stream()),
                "scale_grads_");
@@ -31,6 +32,7 @@ void clamp_grads_(const std::vector<Tensor>& grads, double limit) {
     return;
   }
   const CudaDevice device(grads[0]);
+  refuse_capture(device.stream(), "clamp_grads_");
   const TensorList list(grads, "grads");
   check_launch(launch_clamp(list.table(), static_cast<float>(limit), device.stream()), "clamp_grads_");
 }
@@ -44,6 +46,7 @@ void agc_grads_(const std::vector<Tensor>& grads, const std::vector<Tensor>& par
     check_same_sizes(grads[i], params[i], i);
   }
   const CudaDevice device(grads[0]);
+  refuse_capture(device.stream(), "agc_grads_");
   const TensorList of_grads(grads, "grads"), of_params(params, "params");
   STD_TORCH_CHECK(together(grads[0], params[0]), "params must be on the device of grads");
   std::vector<int64_t> rows, lengths;

@@ -18,33 +18,42 @@ inline torch::stable::Tensor device_bytes(int64_t bytes, const torch::stable::Te
   return torch::stable::empty({bytes}, torch::headeronly::ScalarType::Byte, std::nullopt, like.device());
 }
 
-// Fills `to`, of one dimension, from the host, in the order of the current stream.
-inline void copy_to_device(const void* from, torch::stable::Tensor to) {
+// Fills `to`, of one dimension, from the host, in the order of the current stream. Gives the memory that is copied: a
+// captured graph reads it again in every replay, so it must be kept.
+inline torch::stable::Tensor copy_to_device(const void* from, torch::stable::Tensor to) {
   torch::stable::Tensor staged = torch::stable::empty({to.numel()}, to.scalar_type(), std::nullopt, std::nullopt,
                                                       to.is_cuda() ? std::optional(true) : std::nullopt);
   std::memcpy(staged.mutable_data_ptr(), from, to.numel() * to.element_size());
   torch::stable::copy_(to, staged, true);
+  return staged;
+}
+
+// For ops, whose tables end with the call: a graph would read them in every replay.
+inline void refuse_capture(cudaStream_t stream, const char* op) {
+#ifndef PYFT_CUDA_EMULATION
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check_launch(cudaStreamIsCapturing(stream, &status), op);
+  STD_TORCH_CHECK(status == cudaStreamCaptureStatusNone, "pyft::", op,
+                  " cannot be captured in a CUDA graph; steps of pyft.optim can, with their clip_norm");
+#endif
 }
 
 // Entries of a plain type.
 template <class T>
 class DeviceTable {
  public:
-  // Whether they had to be copied.
-  bool put(std::vector<T> values, const torch::stable::Tensor& like) {
+  // The memory that was copied from, if entries have changed.
+  std::optional<torch::stable::Tensor> put(std::vector<T> values, const torch::stable::Tensor& like) {
     const int64_t bytes = static_cast<int64_t>(values.size() * sizeof(T));
     if (device_.has_value() && values.size() == values_.size() &&
         std::memcmp(values.data(), values_.data(), bytes) == 0) {
-      return false;
+      return std::nullopt;
     }
     if (!device_.has_value() || values.size() != values_.size()) {
       device_ = device_bytes(bytes, like);
     }
     values_ = std::move(values);
-    if (bytes > 0) {
-      copy_to_device(values_.data(), *device_);
-    }
-    return bytes > 0;
+    return bytes > 0 ? std::optional(copy_to_device(values_.data(), *device_)) : std::nullopt;
   }
 
   // Room for entries that kernels write.

@@ -13,6 +13,7 @@ Tensor grad_norm(const std::vector<Tensor>& grads, double norm_type) {
   STD_TORCH_CHECK(norm_type > 0.0, "norm_type must be above 0, got ", norm_type);
   STD_TORCH_CHECK(!grads.empty(), "grads must not be empty");
   const CudaDevice device(grads[0]);
+  refuse_capture(device.stream(), "grad_norm");
   const TensorList list(grads, "grads");
   const DeviceFloatsTable table = list.table();
   DeviceTable<double> scratch;

@@ -28,6 +28,7 @@ void update_(const std::string& rule, const std::vector<Tensor>& params, const s
     coef = static_cast<const float*>(clip_coef->const_data_ptr());
   }
   const CudaDevice device(params[0]);
+  refuse_capture(device.stream(), "update_");
   PlanInput input = plan_input(params, keys, state, steps);
   input.seed = seed;
   input.weights = weight_mode_by_name(weights);

@@ -48,6 +48,8 @@ CudaUpdatePlan::CudaUpdatePlan(PlanInput input, Tensor decision)
     group_of.push_back(record.group);
   }
   const CudaDevice device(decision_);
+  // Until a step says otherwise.
+  clip_.captured = true;
   DeviceChunkTable table = cut_for_device(tensors_.numels());
   num_chunks_ = static_cast<int64_t>(table.chunks.size());
   put(device_chunks_, std::move(table.chunks));
@@ -55,6 +57,13 @@ CudaUpdatePlan::CudaUpdatePlan(PlanInput input, Tensor decision)
   put(device_group_of_, std::move(group_of));
   put(device_numbers_, numbers_);
   put(device_fresh_, std::move(fresh));
+}
+
+void CudaUpdatePlan::keep(std::optional<Tensor> copied) {
+  uploads_ += copied.has_value();
+  if (copied.has_value() && clip_.captured) {
+    kept_.push_back(std::move(*copied));
+  }
 }
 
 void CudaUpdatePlan::point_at(DeviceTensor& record, Slot slot, void* data) {
@@ -144,9 +153,8 @@ void CudaUpdatePlan::reset_decision() {
   plain.coef = 1.0f;
   constexpr int64_t kCounts = offsetof(StepDecision, total_norm) / 8, kWords = sizeof(StepDecision) / 8;
   Tensor words = torch::stable::view(decision_, {kWords});
-  copy_to_device(reinterpret_cast<const int64_t*>(&plain) + kCounts,
-                 torch::stable::narrow(words, 0, kCounts, kWords - kCounts));
-  ++uploads_;
+  keep(copy_to_device(reinterpret_cast<const int64_t*>(&plain) + kCounts,
+                      torch::stable::narrow(words, 0, kCounts, kWords - kCounts)));
 }
 
 DeviceFloatsTable CudaUpdatePlan::grads_table() const {

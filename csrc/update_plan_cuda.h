@@ -22,6 +22,8 @@ struct ClipOptions {
   double agc = INFINITY, tensor = INFINITY, group = INFINITY, global = INFINITY;
   // Whether a step with gradients that are not finite is refused, and whether norms are taken at all.
   bool refuses = false, takes_norm = false;
+  // Whether the step is captured in a graph.
+  bool captured = false;
 
   bool by_rows() const { return agc < INFINITY; }
   bool by_one_factor() const { return !by_rows() && !(tensor < INFINITY) && !(group < INFINITY); }
@@ -68,8 +70,9 @@ class CudaUpdatePlan {
 
   template <class T>
   void put(DeviceTable<T>& table, std::vector<T> values) {
-    uploads_ += table.put(std::move(values), decision_);
+    keep(table.put(std::move(values), decision_));
   }
+  void keep(std::optional<torch::stable::Tensor> copied);
   StepDecision* decision() const { return static_cast<StepDecision*>(decision_.mutable_data_ptr()); }
   DeviceFloatsTable grads_table() const;
 
@@ -84,6 +87,8 @@ class CudaUpdatePlan {
   ClipOptions clip_;
   bool fresh_decision_ = false;
   int64_t uploads_ = 0, num_chunks_ = 0;
+  // Host memory that graphs copy from in every replay.
+  std::vector<torch::stable::Tensor> kept_;
 
   DeviceTable<DeviceChunk> device_chunks_;
   DeviceTable<int64_t> device_begin_, device_numbers_, device_row_begin_;

@@ -21,8 +21,8 @@ from pyft.optim.checks import at_least_zero
 from pyft.optim.decide import Decision, decide
 from pyft.optim.device_plan import (
     DevicePlan,
-    DeviceReport,
     device_policy,
+    read,
     refuse_capture,
     reports_together,
     takes_all,
@@ -96,8 +96,6 @@ class CoreOptimizer(torch.optim.Optimizer):
 
     def _adopt(self, param: Tensor, of_one: dict[str, Any]) -> None:
         state_of.adopt(param, of_one, self._moments, self.settings)
-
-    # What the last step did.
 
     @property
     def last_step(self) -> LastStep | None:
@@ -200,6 +198,11 @@ class CoreOptimizer(torch.optim.Optimizer):
         finally:
             handle.remove()
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; state that steps on a GPU made and then skipped is not in it, for which it is waited."""
+        self._settle(self._device_plan)
+        return super().state_dict()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "settings" in state:
@@ -233,13 +236,10 @@ class CoreOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps three names here; plans hold addresses and hooks belong to these very parameters.
-        kept = ("settings", "_options", "_own_norms")
-        last = self.last_step
-        report = {
-            "_last_step": last.read() if isinstance(last, DeviceReport) else last,
-            "_skipped_steps": self.skipped_steps,
-        }
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}, **report}
+        self._settle(self._device_plan)
+        kept = {name: getattr(self, name) for name in ("settings", "_options", "_own_norms")}
+        kept |= {"_last_step": read(self.last_step), "_skipped_steps": self.skipped_steps}
+        return {**super().__getstate__(), **kept}
 
     # The step.
 
@@ -440,7 +440,7 @@ class CoreOptimizer(torch.optim.Optimizer):
         if grad is None:
             return
         fits = plan is not None and plan.rules == [self._rule(g) for g in self.param_groups] and self._pulls_fit(plan)
-        same = fits and plan is not None and all(plan.members[0].state[k] is v for k, v in self._held(plan).items())
+        same = fits and plan is not None and self._holds(plan.members[0])
         if plan is None or not same or not plan.take([grad]):
             self._settle(plan)
             plan = self._plans[id(param)] = self._build_plan([(param, group)])
@@ -474,9 +474,8 @@ class CoreOptimizer(torch.optim.Optimizer):
         if not self.settings.takes_norm:
             self._made = []
 
-    def _held(self, plan: StepPlan | DevicePlan) -> dict[str, Any]:
-        member = plan.members[0]
-        return {key: self.state[member.param].get(key) for key in member.state} if member.state else {}
+    def _holds(self, member: Member) -> bool:
+        return all(self.state[member.param].get(key) is value for key, value in member.state.items())
 
     def _close_backward(self) -> None:
         """Update what was not seen in backward, and report what was."""
@@ -495,5 +494,5 @@ class CoreOptimizer(torch.optim.Optimizer):
                 done.plans, self._name_of_number, self._last_step, self._skipped_steps
             )
             self._last_step = cast(LastStep, report)
-        else:
-            self._last_step = replace(self._last_step, skipped_steps=int(self._skipped_steps))
+            return
+        self._last_step = replace(self._last_step, skipped_steps=int(self._skipped_steps))

@@ -126,6 +126,11 @@ class DeviceReport:
         return _itself, (self.read(),)
 
 
+def read(report: LastStep | DeviceReport | None) -> LastStep | None:
+    """The report itself. Waits for the GPU, where it is there."""
+    return report.read() if isinstance(report, DeviceReport) else report
+
+
 def _itself(report: LastStep) -> LastStep:
     return report
 
@@ -218,6 +223,7 @@ class DevicePlan:
             "global": limits.global_,
             "refuses": policy != "ignore",
             "takes_norm": self._with_norm,
+            "captured": is_capturing(),
         }
         several = self._with_norm and len(self.devices) > 1
         if several:
@@ -311,9 +317,14 @@ def reports_together(
     return BackwardReport(reports, on_host, skipped), skipped
 
 
+def is_capturing() -> bool:
+    """Whether a CUDA graph is captured."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def refuse_capture() -> None:
     """Raise a RuntimeError while a CUDA graph is captured."""
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if is_capturing():
         raise RuntimeError(
             "on_nonfinite='raise' looks at the result of every step, which a CUDA graph cannot; use 'skip'"
         )

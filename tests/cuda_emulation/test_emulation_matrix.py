@@ -16,7 +16,13 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 MATRIX = (
     "tests/cuda_emulation/test_emulated_launches.py",
     "tests/ops/test_ops_bit_masks.py",
+    "tests/ops/test_ops_clip.py",
+    "tests/ops/test_ops_grad_norm.py",
     "tests/ops/test_ops_max_pool.py",
+    "tests/ops/test_ops_update.py",
+    "tests/optim/test_optim_adamw.py",
+    "tests/optim/test_optim_clip_modes.py",
+    "tests/optim/test_optim_device.py",
     "tests/freezing/test_freezing_lean_layers.py",
 )
 pytestmark = pytest.mark.build

@@ -132,6 +132,17 @@ def test_pull_to_the_first_value(cpu_target: str, rule: str, init: torch.dtype) 
     both(rule, *make(rule, 8449, init=init), decay_to_init=0.3)
 
 
+@pytest.mark.parametrize("rule", ["adamw", "adam_amsgrad", "adagrad"])
+def test_corrections_of_any_count(core, rule: str) -> None:
+    """A GPU raises the decay rates to the power of the count by other means than the host."""
+    generator = torch.Generator().manual_seed(1)
+    counts = [1, 2, 9, 10, 100, 999, 1000, 4095, 12345, 1 << 20, (1 << 24) - 1, 1 << 24]
+    for count in counts + torch.randint(1, 50_000, (40,), generator=generator).tolist():
+        p, g, state = make(rule, 300)
+        state["step"] = torch.tensor(float(count))
+        both(rule, p, g, state)
+
+
 @pytest.mark.parametrize("layout", ["channels_last", "transposed"])
 @pytest.mark.parametrize("moments", ["float32", "int8"])
 def test_blocks_are_runs_of_memory(core, layout: str, moments: str) -> None:

@@ -150,7 +150,9 @@ def test_bytes_of_an_element(gpu: Any, dtype: torch.dtype, options: Any, more: A
     assert len(traffic) == 3
     moved = sum(32 * (kernel.loads.sectors + kernel.stores.sectors) for kernel in traffic.values())
     # The rest: the chunk table, the sums of chunks, and 8-bit moments' scales.
-    assert want <= moved / size < want * 1.02 + 0.15
+    # Of a sector of scales each warp takes one; neighbours share it in the cache.
+    scales = 0.5 if options.get("state_dtype") == "int8" else 0.0
+    assert want <= moved / size - scales < want * 1.02 + 0.15
     if dtype == torch.float32 and not options:
         for name in ("sum_kernel", "update_kernel"):
             kernel = next(one for key, one in traffic.items() if name in key)
@@ -275,6 +277,17 @@ def test_the_grid_changes_no_bit(gpu: Any) -> None:
     for other in runs[1:]:
         assert other[0] == runs[0][0]
         assert all(torch.equal(a, b) for a, b in zip(other[1], runs[0][1], strict=True))
+
+
+def test_chunks_of_a_long_tensor(gpu: Any) -> None:
+    size = (1 << 23) + 5
+    param = torch.nn.Parameter(torch.ones(size, dtype=torch.bfloat16))
+    param.grad = torch.full_like(param, 0.5)
+    gpu.set(races=False, processors=4)
+    optimizer = pyft.optim.SGD([param], lr=0.5, on_nonfinite="skip")
+    optimizer.step()
+    assert optimizer.last_step.total_norm == math.sqrt(size * 0.25)
+    assert (param == 0.75).all()
 
 
 def test_a_launch_that_fails_names_the_op(gpu: Any) -> None:
