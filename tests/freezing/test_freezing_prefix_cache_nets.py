@@ -226,7 +226,7 @@ def test_what_is_frozen_without_a_plan_keeps_its_dropout(name: str) -> None:
     model = build(name, "Sequence", arguments)
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter_name.startswith("classifier"))
-    with pytest.raises(ConfigError, match="dropout '.*embeddings.dropout' is on"):
+    with pytest.raises(ConfigError, match=r"dropout '.*embeddings\.dropout' is on"):
         PrefixCache(model.train(), texts(pad)(BATCHES[0]))
 
 
