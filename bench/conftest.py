@@ -8,6 +8,7 @@ Each bench calls `record(table, row, name, seconds)`; the first name in a row is
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -82,7 +83,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             ours = next(iter(peers.values()))["seconds"]
             for name, figures in peers.items():
                 extra = "  ".join(f"{key} {value:.4g}" for key, value in figures.items() if key != "seconds")
-                ratio = figures["seconds"] / ours
-                write(f"  {row:24} {name:32} {figures['seconds'] * 1e3:12.3f} ms  {ratio:6.2f}x  {extra}")
+                timed = "" if math.isnan(figures["seconds"]) else f"{figures['seconds'] * 1e3:12.3f} ms"
+                ratio = f"  {figures['seconds'] / ours:6.2f}x" if timed else ""
+                write(f"  {row:24} {name:32} {timed}{ratio}  {extra}")
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "tables.json").write_text(json.dumps(_tables, indent=2))

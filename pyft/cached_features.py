@@ -200,7 +200,7 @@ class StageFeatures:
                 raise NotCachedError(self.cache.reason)
             self.cache.finish()
         except OSError as error:
-            why = f"features cannot be written ({error.strerror or error})"
+            why = self.cache.reason or f"features cannot be written ({error.strerror or error})"
             self.cache.give_up(why, aloud=False)
             if self.job.arguments["cache_features"] == "disk":
                 raise CheckpointError(f"{why}: make room, or give cache_features=False") from None

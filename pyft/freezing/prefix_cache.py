@@ -158,7 +158,7 @@ class PrefixCache:
             progress: told the number of samples of each batch that is done.
 
         Raises:
-            OSError: the disk is full.
+            OSError: the disk is full. From then on the whole model runs.
         """
         modes = [(module, module.training) for module in self.model.modules()]
         try:
@@ -171,8 +171,9 @@ class PrefixCache:
                     progress(len(numbers))
         finally:
             set_modes(modes, True)
-            if self._writer is not None:
-                self._writer.note_progress(always=True)
+            with self._writing() as writer:
+                if writer is not None:
+                    writer.note_progress(always=True)
 
     def _fill_one(self, numbers: np.ndarray, inputs: Any) -> None:
         facts = batch_facts(inputs)
@@ -188,10 +189,15 @@ class PrefixCache:
         self._commit(numbers[rows], facts.lengths[rows], packed)
 
     def finish(self) -> None:
-        """All samples are stored: files get their final name, for later processes to find."""
-        if self._writer is not None:
-            self._writer.finish()
-            self._writer = None
+        """All samples are stored: files get their final name, for later processes to find.
+
+        Raises:
+            OSError: the disk is full. From then on the whole model runs.
+        """
+        with self._writing() as writer:
+            if writer is not None:
+                writer.finish()
+                self._writer = None
 
     def close(self) -> None:
         """Let the memory go, and close the files. What was begun on disk under a `key` is taken up by the next one."""
@@ -343,7 +349,10 @@ class PrefixCache:
         with self.prefix.playing(self.prefix.recorder(packed, facts, rows)):
             out = forward(*args, **kwargs)
         self.filled += 1
-        self._commit(numbers[rows], facts.lengths[rows], packed)
+        try:
+            self._commit(numbers[rows], facts.lengths[rows], packed)
+        except OSError as error:
+            self.say(f"{error.strerror}; the whole model runs from now on")
         return out
 
     def _new_rows(self, numbers: np.ndarray, facts: BatchFacts) -> np.ndarray:
@@ -353,10 +362,25 @@ class PrefixCache:
         return missing[np.sort(first)]
 
     def _commit(self, numbers: np.ndarray, lengths: np.ndarray, packed: Mapping[Key, torch.Tensor]) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), self._writing() as writer:
             self._store.add(numbers, lengths, packed)
-        if self._writer is not None:
-            self._writer.note_progress()
+            if writer is not None:
+                writer.note_progress()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[DiskWriter | None]:
+        """A write that fails ends the cache: its files may hold parts of a batch."""
+        writer = self._writer
+        try:
+            yield writer
+        except OSError as error:
+            if writer is None:
+                raise
+            self._writer = None
+            writer.abandon()
+            why = f"features cannot be written to {writer.root} ({error.strerror or error})"
+            self.give_up(why, aloud=False)
+            raise OSError(error.errno, f"{why}: make room, or keep them in memory") from None
 
     def _check_first(self, forward: Any, args: Any, kwargs: Any, facts: BatchFacts, numbers: np.ndarray) -> None:
         """Compare what is stored with what the model gives now, for the first batches that are played."""

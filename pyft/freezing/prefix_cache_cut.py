@@ -55,7 +55,7 @@ class Cut:
     Attributes:
         script: what is replayed.
         share: of the forward pass' work (matrix products and convolutions), in [0, 1], that is replayed.
-        flops: of the replayed calls, for the example.
+        total_flops: of the whole pass, for the example.
         blocked: what ends the prefix, in words, the first first.
         constants: what is given to replayed calls beside tensors.
         origins: names of the parameters and buffers that reach them through plain code.
@@ -63,7 +63,7 @@ class Cut:
 
     script: Script
     share: float
-    flops: int
+    total_flops: int
     blocked: list[str]
     constants: list[str]
     origins: set[str]
@@ -115,7 +115,7 @@ def find_cut(model: nn.Module, trainable: Collection[str], variants: Variants) -
     flops = sum(sites[site].flops for site in script.sites)
     share = flops / root.flops if root.flops else 0.0
     origins = set[str]().union(*(record.origins for record in records))
-    return Cut(script, share, flops, blocked, records[0].constants, origins)
+    return Cut(script, share, root.flops, blocked, records[0].constants, origins)
 
 
 def _first_new(needed: set[Key], found: set[Key]) -> set[Key]:
@@ -392,7 +392,7 @@ def _merge(records: list[Record], variants: Variants, needed: set[Key]) -> tuple
         if same:
             returned = _merge_returned([(r.ops[place][1], r.ops[place][2]) for r in records], variants)
         used = {leaf for leaf in range(len(facts)) if ("op", place, leaf) in needed}
-        if returned is None or not _storable(returned, used):
+        if returned is None or not _storable(returned, used) or _repeats(script, read, returned):
             # What it reads is stored instead; all later numbers of operations change.
             forced |= set(read)
             break
@@ -422,6 +422,12 @@ def _merge_returned(seen: list[tuple[Any, list[Any]]], variants: Variants) -> Re
             return None
         merged.append(Leaf(dims, several[0].order, several[0].dtype, several[0].device))
     return Returned(structure, merged)
+
+
+def _repeats(script: Script, read: list[Key], returned: Returned) -> bool:
+    """Whether an operation repeats for each sample what is the same for all: that is computed anew, not stored."""
+    grows = any(isinstance(leaf, Leaf) and BATCH in leaf.dims for leaf in returned.leaves)
+    return grows and bool(read) and all(BATCH not in script.leaf(key).dims for key in read)
 
 
 def _storable(returned: Returned, needed: set[int]) -> bool:

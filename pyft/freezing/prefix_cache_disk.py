@@ -112,6 +112,12 @@ class DiskWriter:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.release()
 
+    def abandon(self) -> None:
+        """A write has failed, and the files may hold parts of a batch: what was noted before can be taken up later."""
+        if not (self.folder / PROGRESS).is_file():
+            self._own = True
+        self.release()
+
     def release(self) -> None:
         """Let others write. What a process without the lock has not finished is removed."""
         for arena in self._arenas:

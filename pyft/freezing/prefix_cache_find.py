@@ -126,7 +126,7 @@ def find_prefix(model: nn.Module, trainable: Collection[str], inputs: Any, dtype
             if not model.training:
                 model.train()
             cut = find_cut(model, trainable, variants)
-            if cut.flops and cut.share < LEAST_SHARE:
+            if cut.total_flops and cut.share < LEAST_SHARE:
                 raise CannotCutError(_small(cut))
             columns = _make_columns(cut, dtype)
             prefix = Prefix(model, cut, columns, {name for name, _ in cut.script.sites})

@@ -20,6 +20,7 @@ Key = tuple[str, str | int, int]
 """A value: ("call", "<module>#<call>", leaf) or ("op", place among the operations on stand-ins, leaf)."""
 Dim = int | str
 BATCH, LENGTH = "B", "T"
+_COMPOSED = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
 class StandInError(PyftError, RuntimeError):
@@ -146,6 +147,12 @@ def memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(sorted(range(tensor.ndim), key=lambda dim: (-strides[dim], dim)))
 
 
+def _composed(func: Any) -> bool:
+    """Whether torch's kernel of an operation calls others. `func.decompose` prefers Python forms that may be others:
+    dropout that is off would be a copy."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSED)
+
+
 class StopForwardError(BaseException):
     """Ends a forward pass; not an Exception, so that no handler inside a model takes it."""
 
@@ -201,11 +208,9 @@ class Player:
         """An operation of plain code that takes a stand-in."""
         if self.inside:
             return func(*real(args), **real(kwargs))
-        if torch.is_inference_mode_enabled():
+        if torch.is_inference_mode_enabled() and _composed(func):
             # Inference mode leaves out the layer at which composed operations are taken apart.
-            parts = func.decompose(*args, **kwargs)
-            if parts is not NotImplemented:
-                return parts
+            return func._op_dk(_COMPOSED, *args, **kwargs)
         place = self.done_ops
         name, known = self.script.ops[place] if place < len(self.script.ops) else ("none", None)
         if known is None or str(func) != name:

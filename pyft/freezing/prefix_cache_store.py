@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import zlib
@@ -99,6 +100,7 @@ class FileArena:
         """
         data = values.contiguous().view(torch.uint8).numpy().data
         self._file.write(data)
+        self._file.flush()  # a full disk shows here, and not when the values are read
         self.crc = zlib.crc32(data, self.crc)
         self.size += len(values)
         self._view = None
@@ -106,18 +108,17 @@ class FileArena:
     def view(self) -> torch.Tensor:
         """(size,) all values, read from the file as they are used."""
         if self._view is None:
-            self._file.flush()
             self._view = map_file(self.path, self.size, self.dtype)
         return self._view
 
     def sync(self) -> None:
         """Make what was added durable."""
-        self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file; what is mapped stays."""
-        self._file.close()
+        """Close the file; what is mapped stays. What could not be written is dropped."""
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 class MappedArena:
