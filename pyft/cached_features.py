@@ -251,8 +251,7 @@ class StageFeatures:
     def lines(self) -> list[str]:
         """What is stored, for the user."""
         cache = self.cache
-        where = "on disk" if cache.on_disk else "in memory"
-        return [f"features: {cache.share:.0%} of the forward pass runs once per sample, kept {where}"]
+        return [f"features: {cache.share:.0%} of the forward pass runs once per sample, kept {cache.place}"]
 
 
 class CachedBatches:

@@ -16,7 +16,7 @@ from torch import nn
 
 from pyft import run_dir
 from pyft.cached_features import Call, FeatureKeeper, NotCachedError, StageFeatures
-from pyft.core.loader import load_core
+from pyft.core.loader import load_core_for
 from pyft.data.batches import Batches
 from pyft.describe import describe, describe_source, is_description, repeat_commands
 from pyft.errors import CheckpointError, ExportError, PyftError
@@ -156,7 +156,7 @@ def finetune(
         config = make_config(job)
     with given_back_on_error(job.before):
         with timed(seconds, "core"):  # the first use on a machine compiles it
-            load_core()
+            load_core_for(job.device.type)
         run = start(job, config, unfinished)
     run.seconds = seconds
     show = make_progress(progress)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pyft.core import transfer
 from pyft.data.batches import Batches
 from pyft.data.checks import check_data
 from pyft.data.sources import load_data
@@ -299,8 +300,8 @@ def _dtype(value: torch.Tensor) -> str:
 def to_device(inputs: Any, device: torch.device) -> Any:
     """A batch's inputs on `device`."""
     if isinstance(inputs, Mapping):
-        return {name: value.to(device) for name, value in inputs.items()}
-    return inputs.to(device)
+        return {name: transfer.to_device(value, device) for name, value in inputs.items()}
+    return transfer.to_device(inputs, device)
 
 
 def prepare_head(

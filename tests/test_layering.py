@@ -63,11 +63,25 @@ def test_torch_headers_stay_out_of_kernels() -> None:
     kernels = [
         p
         for p in (REPOSITORY / "csrc").iterdir()
-        if re.search(r"(_math\.h|_cpu\.(h|cpp)|\.cu|_cuda\.h|chunks\.h|host_device\.h|cuda_launch\.h)$", p.name)
+        if re.search(r"(_math\.h|_cpu\.(h|cpp)|\.cu|chunks\.h|host_device\.h|cuda_launch\.h)$", p.name)
     ]
+    # Of CUDA's headers, those that a kernel sees; the others serve its host code.
+    included = set(
+        re.findall(r'#include "(\w+_cuda\.h)"', "".join(p.read_text() for p in kernels if p.suffix == ".cu"))
+    )
+    kernels += [REPOSITORY / "csrc" / name for name in sorted(included)]
     assert len(kernels) >= 6
     for path in kernels:
         assert not re.search(r"#include [<\"](torch|ATen|c10|pybind11)/", path.read_text()), path.name
+
+
+def test_the_cpu_core_sees_no_header_of_cuda() -> None:
+    from pyft.core.build_config import belongs_to_cuda
+
+    for path in (REPOSITORY / "csrc").iterdir():
+        if not belongs_to_cuda(path):
+            found = re.findall(r'#include "([^"]*_cuda\.h|cuda_[^"]*)"', path.read_text())
+            assert not found, f"{path.name} includes {found}, whose changes do not rebuild the CPU core"
 
 
 def test_csrc_uses_the_stable_interface_only() -> None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def free_memory() -> int:
@@ -15,6 +19,20 @@ def free_memory() -> int:
     if not limits and hasattr(os, "sysconf"):
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
     return max(min(limits, default=1 << 30), 0)
+
+
+def free_device_memory(device: torch.device) -> int:
+    """Bytes that may still be allocated on a CUDA device: what the driver has, and what torch keeps for itself; else 0.
+
+    Args:
+        device: any device.
+    """
+    if device.type != "cuda":
+        return 0
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _lines(path: str) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pyft.core.cache import cache_root
-from pyft.core.memory import free_memory
+from pyft.core.memory import free_device_memory, free_memory
 from pyft.errors import ConfigError
 from pyft.freezing.parts import whole_names
 from pyft.freezing.plan import FreezePlan, unwrap
@@ -45,7 +45,8 @@ class PrefixCache:
         example_inputs: a batch of at least two samples: a Tensor, a tuple of positional or a dict of keyword
             arguments. First dimension B. Padded sequences need "attention_mask" (B, T), 1 for what is real.
         plan: what trains, as `pyft.freeze` gave it; None: the parameters that require a gradient.
-        storage: "ram", "disk", or "auto": memory while it takes a quarter of what is free at most, else disk.
+        storage: "ram", "disk", or "auto": memory while it takes a quarter of what is free at most, else disk. "auto"
+            takes that of the GPU first, where the model is on one and `num_samples` is given.
         directory: for files; default: `features` in `PYFT_CACHE_DIR`.
         key: names the samples and their preprocessing by content, so that files can be found again by later
             processes. None: files are private to this object.
@@ -210,7 +211,7 @@ class PrefixCache:
             self._store = memory_store(self._columns)
 
     def values(self, indices: np.ndarray, view: int = 0) -> torch.Tensor:
-        """(B, ...) the stored value of samples, where the cache is `single`: a new tensor, on the CPU.
+        """(B, ...) the stored value of samples, where the cache is `single`: a new tensor, where it is stored.
 
         Raises:
             ConfigError: there are several values, or padded ones, or a sample is not stored.
@@ -268,6 +269,16 @@ class PrefixCache:
     def on_disk(self) -> bool:
         """Whether values are in files."""
         return not all(isinstance(arena, MemoryArena) for arena in self._store.arenas.values())
+
+    @property
+    def place(self) -> str:
+        """Where values are: "on disk", "in memory", or "in memory of" a device; of both where that had no more."""
+        if self.on_disk:
+            return "on disk"
+        devices = {str(arena.device) for arena in self._store.arenas.values() if isinstance(arena, MemoryArena)}
+        others = sorted(devices - {"cpu"})
+        host = " and of the host, as it had no more" if others and "cpu" in devices else ""
+        return f"in memory of {', '.join(others)}{host}" if others else "in memory"
 
     @property
     def single(self) -> bool:
@@ -375,6 +386,9 @@ class PrefixCache:
         count = (num_samples or 0) * self.augment_views
         if storage == "auto":
             guess = self.bytes_for(np.full(count, self._guessed_length()))
+            device = next(self.model.parameters()).device
+            if 0 < guess * MEMORY_SHARE <= free_device_memory(device):
+                return memory_store(self._columns, count, device)
             storage = "ram" if guess * MEMORY_SHARE <= free_memory() else "disk"
         if storage == "ram":
             return memory_store(self._columns, count)

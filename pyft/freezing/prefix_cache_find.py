@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from pyft.core.transfer import to_device
 from pyft.errors import ConfigError
 from pyft.freezing.prefix import _undone
 from pyft.freezing.prefix_cache_batch import BatchFacts, agree, batch_facts, compositions, make_variants
@@ -25,7 +26,7 @@ from pyft.freezing.prefix_cache_play import (
     StopForwardError,
     run_model,
 )
-from pyft.freezing.prefix_cache_store import Column, FeatureStore, MemoryArena
+from pyft.freezing.prefix_cache_store import CPU, Column, FeatureStore, MemoryArena
 from pyft.freezing.prefix_cache_trace import in_place_of_forward
 
 LEAST_SHARE = 0.02
@@ -54,7 +55,7 @@ class Prefix:
         def stored(key: Key) -> torch.Tensor:
             leaf = self.cut.script.leaf(key)
             found = store.get(key, numbers, facts.length)
-            return found.to(leaf.device, torch.promote_types(found.dtype, leaf.dtype))
+            return to_device(found, leaf.device, torch.promote_types(found.dtype, leaf.dtype))
 
         return Player(self.cut.script, facts.batch, facts.length, stored=stored)
 
@@ -172,12 +173,15 @@ def _verify(prefix: Prefix, inputs: Any) -> None:
                 )
 
 
-def memory_store(columns: dict[Key, Column], count: int = 0) -> FeatureStore:
-    """An empty store in memory, with room for `count` samples where their size is known."""
+def memory_store(columns: dict[Key, Column], count: int = 0, device: torch.device = CPU) -> FeatureStore:
+    """An empty store in the memory of a device, with room for `count` samples where their size is known."""
+    for column in columns.values():
+        column.device = device
     sizes = {
         key: 0 if column.ragged else count * int(column.elements(np.zeros(1))[0]) for key, column in columns.items()
     }
-    return FeatureStore(columns, {key: MemoryArena(column.dtype, sizes[key]) for key, column in columns.items()})
+    arenas = {key: MemoryArena(column.dtype, sizes[key], device) for key, column in columns.items()}
+    return FeatureStore(columns, arenas)
 
 
 def set_modes(modes: list[tuple[nn.Module, bool]], back: bool) -> None:

@@ -12,7 +12,10 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from pyft.core.transfer import to_device
 from pyft.freezing.prefix_cache_play import BATCH, LENGTH, Dim, Key, Leaf
+
+CPU = torch.device("cpu")
 
 
 class Arena(Protocol):
@@ -32,21 +35,36 @@ class MemoryArena:
 
     Args:
         room: values to make room for at once.
+        device: of which memory. A device that has no more gives its values to the host.
     """
 
-    def __init__(self, dtype: torch.dtype, room: int = 0) -> None:
+    def __init__(self, dtype: torch.dtype, room: int = 0, device: torch.device = CPU) -> None:
         self.size = 0
-        self._values = torch.empty(room, dtype=dtype)
+        try:
+            self._values = torch.empty(room, dtype=dtype, device=device)
+        except torch.OutOfMemoryError:
+            self._values = torch.empty(room, dtype=dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the values are now."""
+        return self._values.device
 
     def append(self, values: torch.Tensor) -> None:
         """Add (n,) values."""
         end = self.size + len(values)
         if end > len(self._values):
-            grown = torch.empty(max(end, 2 * len(self._values)), dtype=self._values.dtype)
-            grown[: self.size] = self._values[: self.size]
-            self._values = grown
-        self._values[self.size : end] = values
+            self._grow(max(end, 2 * len(self._values)))
+        self._values[self.size : end] = values.to(self.device)
         self.size = end
+
+    def _grow(self, room: int) -> None:
+        old = self._values
+        try:
+            self._values = torch.empty(room, dtype=old.dtype, device=old.device)
+        except torch.OutOfMemoryError:
+            self._values = torch.empty(room, dtype=old.dtype)
+        self._values[: self.size] = old[: self.size].to(self.device)
 
     def view(self) -> torch.Tensor:
         """(size,) all values."""
@@ -129,7 +147,12 @@ class Column:
     Args:
         leaf: what the model gives for a batch.
         dtype: in which it is stored.
+
+    Attributes:
+        device: on which packed values are given.
     """
+
+    device: torch.device = CPU
 
     def __init__(self, leaf: Leaf, dtype: torch.dtype) -> None:
         batch = leaf.dims.index(BATCH)
@@ -149,12 +172,12 @@ class Column:
     def pack(self, value: torch.Tensor, rows: torch.Tensor, lengths: np.ndarray) -> torch.Tensor:
         """(sum,) a copy of the given rows of a batch's value, without padding."""
         found = value.detach().permute(self.permutation).index_select(0, rows.to(value.device))
-        found = found.to("cpu", self.dtype)
+        found = found.to(self.device, self.dtype)
         if not self.ragged:
             return found.reshape(-1)
         if self._tokens_first:
             mask = torch.arange(found.shape[1]) < torch.from_numpy(lengths)[:, None]
-            return found[mask].reshape(-1)
+            return found[mask.to(self.device)].reshape(-1)
         return torch.cat([_cut(row, self.sample, int(n)).reshape(-1) for row, n in zip(found, lengths, strict=True)])
 
     def unpack(self, values: torch.Tensor, starts: np.ndarray, lengths: np.ndarray, length: int) -> torch.Tensor:
@@ -165,7 +188,7 @@ class Column:
         """
         count = len(starts)
         if not self.ragged:
-            places = torch.from_numpy(starts // max(self._row, 1))
+            places = to_device(torch.from_numpy(starts // max(self._row, 1)), values.device)
             shape = [int(dim) for dim in self.sample]
             found = values.view(-1, *shape).index_select(0, places) if self._row else values.new_empty((count, *shape))
         elif self._tokens_first:
@@ -185,10 +208,10 @@ class Column:
         steps = np.arange(length)
         mask = steps < lengths[:, None]
         places = np.where(mask, starts[:, None] // max(self._row, 1) + steps, 0)
-        found = values.view(-1, *inner).index_select(0, torch.from_numpy(places.reshape(-1)))
+        found = values.view(-1, *inner).index_select(0, to_device(torch.from_numpy(places.reshape(-1)), values.device))
         found = found.view(len(starts), length, *inner)
         if not mask.all():
-            found[torch.from_numpy(~mask)] = 0
+            found[to_device(torch.from_numpy(~mask), values.device)] = 0
         return found
 
 
@@ -261,7 +284,7 @@ class FeatureStore:
         self.count = end
 
     def get(self, key: Key, numbers: np.ndarray, length: int) -> torch.Tensor:
-        """The value of a batch of stored samples (B,), padded to `length`: a new tensor, on the CPU."""
+        """The value of a batch of stored samples (B,), padded to `length`: a new tensor, where the values are."""
         places = self._place[numbers]
         lengths = self._samples[places, 1]
         return self.columns[key].unpack(self.arenas[key].view(), self._starts[key][places], lengths, length)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyft.core.transfer import to_device
 from pyft.errors import ConfigError, NonFiniteError
 from pyft.samples import Batch
 from pyft.training.nonfinite import nonfinite_error
@@ -122,7 +123,7 @@ class Stepper:
         inputs, targets = batch.inputs, _targets(batch)
         if not self._on_cpu:
             inputs = _to(inputs, self.device)
-            targets = targets.to(self.device, non_blocking=True)
+            targets = to_device(targets, self.device)
         if precision == "bf16":
             with torch.autocast(self.device.type, dtype=torch.bfloat16):
                 logits = self.call(self.run.model, inputs)
@@ -164,5 +165,5 @@ def _targets(batch: Batch) -> Tensor:
 
 def _to(inputs: Inputs, device: torch.device) -> Inputs:
     if isinstance(inputs, dict):
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
-    return inputs.to(device, non_blocking=True)
+        return {name: to_device(tensor, device) for name, tensor in inputs.items()}
+    return to_device(inputs, device)

@@ -1,0 +1,153 @@
+"""One step of clip and AdamW on a GPU: time predicted from bytes and bandwidth, and measured where there is a GPU.
+
+python bench/bench_cuda.py     # the tables of docs/cuda.md
+pytest bench/bench_cuda.py     # needs a GPU; torch's fused AdamW and bitsandbytes in the same run
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from parameters import BERT, numel, parameters
+
+import pyft
+
+# Of memory, bytes a second, as NVIDIA gives them.
+BANDWIDTH = {"A100 80 GB": 2.0e12, "H100 SXM": 3.35e12, "RTX 4090": 1.0e12}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Bytes of one parameter: what it, its gradient and each moment take, and what else is read and written with it.
+
+    `moments` counts both. `extra` is a master copy or its lower half. 8-bit moments have one scale for a block, which
+    is left out.
+    """
+
+    param: int
+    grad: int
+    moments: int
+    extra: int = 0
+
+    @property
+    def update(self) -> int:
+        """Everything is read once, and all but the gradient written once."""
+        return 2 * (self.param + self.moments + self.extra) + self.grad
+
+    @property
+    def fused_clip(self) -> int:
+        """The gradient is read once more for its norm; the factor is applied inside the update."""
+        return self.update + self.grad
+
+    @property
+    def separate_clip(self) -> int:
+        """The gradient is read for its norm, then read and written to be scaled."""
+        return self.update + 3 * self.grad
+
+
+FP32, BF16 = Layout(4, 4, 8), Layout(2, 2, 4)
+# Row -> ours, and what others move for the same storage, or the nearest that they have.
+ROWS: dict[str, dict[str, int]] = {
+    "fp32": {"pyft": FP32.fused_clip, "torch fused": FP32.separate_clip, "apex": FP32.separate_clip},
+    "bf16 everything": {"pyft": BF16.fused_clip, "torch fused": BF16.separate_clip},
+    "bf16, fp32 moments": {"pyft": Layout(2, 2, 8).fused_clip, "apex": Layout(2, 2, 8).separate_clip},
+    "bf16, fp32 master, fp32 moments": {
+        "pyft": Layout(2, 2, 8, 2).fused_clip,
+        # Reads the master alone, and writes both.
+        "apex": Layout(2, 2, 8, 4).separate_clip - 2,
+    },
+    "fp32, 8-bit moments": {"pyft": Layout(4, 4, 2).fused_clip, "bitsandbytes": Layout(4, 4, 2).separate_clip},
+    "bf16, 8-bit moments": {"pyft": Layout(2, 2, 2).fused_clip, "bitsandbytes": Layout(2, 2, 2).separate_clip},
+}
+PEERS = ("torch fused", "apex", "bitsandbytes")
+# Row -> dtype of parameters and options of pyft.optim.AdamW.
+OURS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "fp32": (torch.float32, {}),
+    "bf16 everything": (torch.bfloat16, {"state_dtype": "bfloat16"}),
+    "bf16, fp32 moments": (torch.bfloat16, {}),
+    "bf16, fp32 master, fp32 moments": (torch.bfloat16, {"weights": "split32"}),
+    "fp32, 8-bit moments": (torch.float32, {"state_dtype": "int8"}),
+    "bf16, 8-bit moments": (torch.bfloat16, {"state_dtype": "int8"}),
+}
+
+
+def tables() -> str:
+    """Bytes, and milliseconds for BERT base at full bandwidth, as Markdown."""
+    count = numel(BERT)
+    lines = ["| storage | pyft | " + " | ".join(PEERS) + " |", "|---" * (len(PEERS) + 2) + "|"]
+    for row, bytes_of in ROWS.items():
+        lines.append(f"| {row} | " + " | ".join(str(bytes_of.get(who, "–")) for who in ("pyft", *PEERS)) + " |")
+    lines += ["", f"| ms, {count / 1e6:.1f} M parameters | " + " | ".join(BANDWIDTH) + " |"]
+    lines.append("|---" * (len(BANDWIDTH) + 1) + "|")
+    for row, bytes_of in ROWS.items():
+        for who, moved in bytes_of.items():
+            times = " | ".join(f"{1e3 * count * moved / speed:.2f}" for speed in BANDWIDTH.values())
+            lines.append(f"| {row}, {who} | {times} |")
+    return "\n".join(lines)
+
+
+def seconds_of(step: Callable[[], object], rounds: int = 30) -> float:
+    """Median seconds of a step, by events on the GPU; ten steps in a row, so that the host is ahead."""
+    times = []
+    for _ in range(rounds + 3):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(10):
+            step()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e4)
+    return statistics.median(times[3:])
+
+
+def on_gpu(dtype: torch.dtype) -> list[torch.nn.Parameter]:
+    params = []
+    for param in parameters(BERT, dtype):
+        moved = torch.nn.Parameter(param.detach().cuda())
+        moved.grad = param.grad.cuda()
+        params.append(moved)
+    return params
+
+
+def clipped(params: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> Callable[[], object]:
+    def step() -> None:
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+
+    return step
+
+
+def peers_of(row: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    found: dict[str, Callable[[], object]] = {}
+    if "torch fused" in ROWS[row]:
+        params = on_gpu(dtype)
+        found["torch fused"] = clipped(params, torch.optim.AdamW(params, lr=1e-5, fused=True))
+    if "bitsandbytes" in ROWS[row]:
+        bitsandbytes = pytest.importorskip("bitsandbytes", reason="pip install 'pyft[peers]'")
+        params = on_gpu(dtype)
+        found["bitsandbytes"] = clipped(params, bitsandbytes.optim.AdamW8bit(params, lr=1e-5))
+    return found
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("row", ROWS)
+def test_step(record: Callable[..., None], row: str) -> None:
+    """Seconds of a step, and the share of the card's bandwidth that its bytes amount to."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    dtype, options = OURS[row]
+    calls = {"pyft": pyft.optim.AdamW(on_gpu(dtype), lr=1e-5, clip_norm=1.0, **options).step, **peers_of(row, dtype)}
+    for who, step in calls.items():
+        seconds = seconds_of(step)
+        moved = numel(BERT) * ROWS[row][who]
+        table = f"clip + AdamW, 110 M, {torch.cuda.get_device_name()}"
+        record(table, row, who, seconds, **{"TB/s": moved / seconds / 1e12})
+
+
+if __name__ == "__main__":
+    print(tables())
