@@ -89,7 +89,6 @@ class Block {
   uint64_t number() const { return number_; }
   uint32_t epoch() const { return epoch_; }
   WarpClock& clock(unsigned warp) { return clocks_[warp]; }
-  bool running() const { return current_ != nullptr; }
   unsigned threads() const { return count_; }
 
   // Waits until all threads have come to the same barrier; gives the number of those with a true predicate.

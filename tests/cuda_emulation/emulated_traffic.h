@@ -28,6 +28,10 @@ class Traffic {
   void begin_launch(const std::string& kernel) {
     kernel_ = &by_kernel[kernel];
     ++kernel_->launches;
+    // What a launch that ended in an error left.
+    turns_.clear();
+    touched_[0].clear();
+    touched_[1].clear();
   }
 
   void see(const void* place, size_t bytes, bool is_store, Site site) {

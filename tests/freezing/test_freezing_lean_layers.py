@@ -368,3 +368,17 @@ def test_functional_relu_and_saved_bytes_count_a_storage_once() -> None:
     assert pyft.saved_bytes(lambda: F.relu(x * 1.0)) == 400
     assert pyft.saved_bytes(lambda: [F.relu(y := x * 1.0), y[::2].exp(), y.sin()]) == 400 + 400 + 200
     assert pyft.saved_bytes(lambda: x.detach().exp()) == 0
+
+
+def test_bits_are_kept_where_kernels_make_them_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from pyft.core import loader
+    from pyft.freezing.lean.conditions import has_kernels
+
+    on_gpu = SimpleNamespace(is_cpu=False, is_cuda=True)
+    for found in (None, object()):
+        monkeypatch.setattr(loader, "load_cuda_core", lambda found=found: found)
+        assert has_kernels(on_gpu) == (found is not None)
+    assert has_kernels(torch.zeros(1))
+    assert not has_kernels(torch.zeros(1, device="meta"))

@@ -143,3 +143,35 @@ def test_inside_is_hardtanhs_gradient(cpu_target: str) -> None:
     leaf = x.clone().requires_grad_()
     (want,) = torch.autograd.grad(F.hardtanh(leaf, -1.0, 1.0), leaf, grad)
     assert same_bits(ops.mask_by_bits(grad, ops.pack_bits(x, ops.INSIDE, -1.0, 1.0)), want)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [0, 1, 33, 1023, LONG])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_a_gpu_gives_the_bits_of_the_cpu(core, size: int, dtype: torch.dtype, offset: int) -> None:
+    x = awkward(size + offset, dtype)[offset:]
+    on_gpu = awkward(size + offset, dtype).cuda()[offset:]
+    y, bits = ops.relu_bits(x)
+    got, got_bits = ops.relu_bits(on_gpu)
+    assert same_bits(got.cpu(), y)
+    assert torch.equal(got_bits.cpu(), bits)
+    for test in (ops.POSITIVE, ops.INSIDE):
+        assert torch.equal(ops.pack_bits(on_gpu, test, -1.0, 1.0).cpu(), ops.pack_bits(x, test, -1.0, 1.0))
+    for off in (0.0, 0.1):
+        assert equal(ops.mask_by_bits(on_gpu, got_bits, off).cpu(), ops.mask_by_bits(x, bits, off))
+    assert equal(ops.scale_by_bits(on_gpu, got_bits, 1.25).cpu(), ops.scale_by_bits(x, bits, 1.25))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_channels_on_a_gpu(core, format: torch.memory_format) -> None:
+    x = awkward(2 * 17 * 40 * 41, torch.float32).view(2, 17, 40, 41).contiguous(memory_format=format)
+    scale, shift = torch.randn(17), torch.randn(17)
+    y, bits = ops.affine_relu_bits(x, scale, shift)
+    got, got_bits = ops.affine_relu_bits(x.cuda(), scale.cuda(), shift.cuda())
+    assert equal(got.cpu(), y)
+    assert torch.equal(got_bits.cpu(), bits)
+    assert equal(ops.mask_channels(x.cuda(), got_bits, scale.cuda()).cpu(), ops.mask_channels(x, bits, scale))

@@ -101,3 +101,22 @@ def test_opcheck(backend: str) -> None:
     torch.library.opcheck(
         torch.ops.pyft.max_pool_backward_.default, (torch.randn(2, 3, 3, 3), at, torch.empty_like(x), window)
     )
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("window", [(3, 3, 2, 2, 1, 1, 1, 1), (2, 2, 2, 2, 0, 0, 1, 1), (3, 5, 1, 2, 1, 2, 2, 1)])
+@pytest.mark.parametrize("channels", [3, 8])
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_a_gpu_gives_the_bits_of_the_cpu(
+    core, window: tuple[int, ...], channels: int, format: torch.memory_format
+) -> None:
+    x = torch.randint(-9, 9, (2, channels, 31, 30)).float().contiguous(memory_format=format)
+    last = format is torch.channels_last
+    y, at = max_pool_offsets(x, window)
+    got, got_at = max_pool_offsets(x.cuda(), window)
+    assert torch.equal(got.cpu(), y)
+    assert torch.equal(got_at.cpu(), at)
+    grad = torch.empty_like(y).copy_(torch.randn(y.shape))
+    dx = max_pool_backward(grad, at, x.shape, window, last)
+    assert torch.equal(max_pool_backward(grad.cuda(), got_at, x.shape, window, last).cpu(), dx)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from pyft.freezing.lean.bit_gradients import gradient_by_bits, keep_bits
-from pyft.freezing.lean.conditions import acts_on, refuse_second, same_autocast
+from pyft.freezing.lean.conditions import acts_on, has_kernels, refuse_second, same_autocast
 from pyft.freezing.lean.linear import Producer, producer_of
 from pyft.ops.bit_masks import INSIDE, POSITIVE, RELU, gap_free, mask_by_bits, pack_bits, relu_bits, relu_bits_
 
@@ -57,8 +57,7 @@ class _Piecewise(Function):
 
 
 def _takes_bits(x: Tensor) -> bool:
-    """Only the CPU has the kernels that make bits cheap."""
-    return acts_on(x) and x.is_cpu and x.layout == torch.strided and x.is_floating_point()
+    return acts_on(x) and x.layout == torch.strided and x.is_floating_point() and has_kernels(x)
 
 
 def lean_relu(x: Tensor, inplace: bool = False) -> Tensor:

@@ -34,6 +34,13 @@ def is_eager(x: object) -> bool:
     )
 
 
+def has_kernels(x: Tensor) -> bool:
+    """Whether bits and bytes are cheap on the device of `x`: on the CPU, and on a GPU for which the core is there."""
+    from pyft.core.loader import load_core_for
+
+    return x.is_cpu or (x.is_cuda and load_core_for("cuda") is not None)
+
+
 def as_autocast(x: Tensor) -> Tensor:
     """`x` as autocast would hand it to a convolution or matrix product; the cast is seen by autograd."""
     kind = x.device.type

@@ -18,7 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from pyft.freezing.lean.activations import LeanReLU, computed_again
 from pyft.freezing.lean.bit_gradients import gradient_by_bits, keep_bits
-from pyft.freezing.lean.conditions import acts_on
+from pyft.freezing.lean.conditions import acts_on, has_kernels
 from pyft.ops.bit_masks import affine_relu_bits, mask_channels
 
 
@@ -113,7 +113,7 @@ def _norm_and_relu(norm: nn.Module, relu: nn.Module, x: Tensor) -> Tensor | None
         return None
     if norm.bias is not None and norm.bias.requires_grad:
         return None
-    if x.dtype != torch.float32 or not x.is_cpu or not x.numel() or _is_watched(norm) or _is_watched(relu):
+    if x.dtype != torch.float32 or not x.numel() or _is_watched(norm) or _is_watched(relu) or not has_kernels(x):
         return None
     norm._check_input_dim(x)
     scale = channel_scale(norm).float()

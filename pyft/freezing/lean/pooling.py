@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.modules.utils import _pair, _single
 
-from pyft.core.loader import load_core_for
-from pyft.freezing.lean.conditions import acts_on, is_eager, refuse_second, stand_in
+from pyft.core.loader import load_core
+from pyft.freezing.lean.conditions import acts_on, has_kernels, is_eager, refuse_second, stand_in
 from pyft.ops.max_pool import MOST_PLACES, max_pool_backward, max_pool_offsets, pooled_size
 
 
@@ -43,11 +43,13 @@ def _window(pool: nn.MaxPool1d | nn.MaxPool2d, axes: int) -> tuple[int, ...]:
 
 def _lean_max_pool(pool: nn.MaxPool1d | nn.MaxPool2d, x: Tensor, axes: int) -> Tensor | None:
     """The pooled x (C, ...) or (N, C, ...); None where torch must do it."""
-    if not is_eager(x) or pool.return_indices or not x.is_cpu or x.dtype != torch.float32 or not x.numel():
+    if not is_eager(x) or pool.return_indices or x.dtype != torch.float32 or not x.numel():
         return None
     keeps = acts_on(x)
-    # torch's own kernel takes up to four times as long, so that ours serves passes without gradient, too.
-    if not keeps and ((x.requires_grad and torch.is_grad_enabled()) or load_core_for(x.device.type) is None):
+    if keeps and not has_kernels(x):
+        return None
+    # torch's own kernel takes up to four times as long on the CPU, so that ours serves passes without gradient, too.
+    if not keeps and (not x.is_cpu or (x.requires_grad and torch.is_grad_enabled()) or load_core() is None):
         return None
     window = _window(pool, axes)
     kernel, padding = window[:2], window[4:6]
