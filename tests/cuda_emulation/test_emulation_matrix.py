@@ -1,4 +1,4 @@
-"""The ordinary tests of ops, run on CUDA kernels in a process of their own for each order, and under sanitizers."""
+"""The ordinary tests of ops, run on CUDA kernels in a process of their own, and under sanitizers."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def launches_in(output: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-@pytest.mark.parametrize("order", ["ascending", "descending", "random:1", "random:2"])
-def test_ops_pass_on_their_cuda_kernels(core, order: str) -> None:
-    kernels, launches = launches_in(run_matrix(order))
+def test_ops_pass_on_their_cuda_kernels(core) -> None:
+    """In one order of threads; .ci/run tries three more."""
+    kernels, launches = launches_in(run_matrix("random:2"))
     # Each kernel for each dtype that it takes. Without this a run that never left the CPU's kernels would pass.
     assert kernels >= 25
     assert launches > 500
