@@ -4,8 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cuda_update_plan.h"
 #include "plan_bindings.h"
-#include "update_plan_cuda.h"
 
 namespace py = pybind11;
 

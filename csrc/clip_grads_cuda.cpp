@@ -6,8 +6,8 @@
 #include <cmath>
 
 #include "cuda_device.h"
+#include "cuda_tensor_list.h"
 #include "gradient_rows.h"
-#include "tensor_list_cuda.h"
 
 namespace pyft {
 namespace {

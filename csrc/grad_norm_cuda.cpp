@@ -4,7 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cuda_device.h"
-#include "tensor_list_cuda.h"
+#include "cuda_tensor_list.h"
 
 namespace pyft {
 namespace {

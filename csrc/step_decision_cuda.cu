@@ -179,7 +179,7 @@ __device__ __forceinline__ void decide(const DecisionWork& work, Shared scratch)
   }
 }
 
-__global__ void __launch_bounds__(kThreads) decision_kernel(DecisionWork work, DecisionStage stage) {
+__global__ void __launch_bounds__(kThreads, 1) decision_kernel(DecisionWork work, DecisionStage stage) {
   PYFT_SHARED(double, scratch, 2 * kWarps);
   if (stage != DecisionStage::rest) {
     fill_part(work, scratch);

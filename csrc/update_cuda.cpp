@@ -5,8 +5,8 @@
 
 #include <optional>
 
+#include "cuda_update_plan.h"
 #include "update_op.h"
-#include "update_plan_cuda.h"
 
 namespace pyft {
 namespace {

@@ -298,9 +298,6 @@ class CoreOptimizer(torch.optim.Optimizer):
         if raises:
             refuse_capture()
         plan.step(self._group_steps(), self.settings)
-        if free:
-            for param in plan.params:
-                param.grad = None
         self._device_plan = None if raises else plan
         if raises:
             found = plan.report(self._name_of_number, 0).read()
@@ -311,6 +308,9 @@ class CoreOptimizer(torch.optim.Optimizer):
             self._last_step = replace(found, skipped_steps=int(self._skipped_steps))
         if raises or not self.settings.takes_norm:
             self._made = []
+        if free:
+            for param in plan.params:
+                param.grad = None
 
     def _leave_device_plan(self) -> None:
         """Keep the report of a plan that ends, and how many of its steps were skipped; nothing waits."""

@@ -44,8 +44,9 @@ class StepOptions(TypedDict, total=False):
             norm is taken anyway, else "ignore", without an extra pass over the gradients. On a GPU "raise" waits for
             every step to read one flag, so None there means "skip" where a norm is taken anyway: look at
             `last_step.skipped`, or ask for "raise".
-        decay_to_init: decay toward the value of the parameter at its first step (L2-SP, Li et al. 2018), decoupled
-            where weight decay is; a group may have its own. Default: 0.0.
+        decay_to_init: decay toward the value of the parameter at its first step (L2-SP, Li et al. 2018; on a GPU the
+            first that was tried, even if skipped), decoupled where weight decay is; a group may have its own.
+            Default: 0.0.
         init_dtype: in what that value is kept: "float32" or "bfloat16". Default: "float32".
         grads: "free" sets `p.grad` to None and gives its memory back as soon as it is used. Default: "keep".
         state_dtype: of the moments: "float32", "bfloat16" or "int8" (one byte an element and a float32 for each 256;

@@ -132,7 +132,7 @@ def test_pull_to_the_first_value(cpu_target: str, rule: str, init: torch.dtype) 
     both(rule, *make(rule, 8449, init=init), decay_to_init=0.3)
 
 
-@pytest.mark.parametrize("rule", ["adamw", "adam_amsgrad", "adagrad"])
+@pytest.mark.parametrize("rule", ["adamw", "adam_amsgrad"])
 def test_corrections_of_any_count(core, rule: str) -> None:
     """A GPU raises the decay rates to the power of the count by other means than the host."""
     generator = torch.Generator().manual_seed(1)

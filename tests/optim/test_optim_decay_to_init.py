@@ -132,7 +132,9 @@ def test_first_step_counts_not_construction(backend: str) -> None:
     assert bool((optimizer.state[param]["init"] == 2.0).all())
 
 
-def test_a_skipped_step_is_not_the_first(backend: str) -> None:
+def test_a_skipped_step_is_not_the_first(backend: str, emulation: Any) -> None:
+    if emulation is not None and backend == "core":
+        pytest.skip("on a GPU the first step that was tried counts: nothing waits to learn that it was skipped")
     param = torch.nn.Parameter(torch.zeros(4))
     optimizer = optim.SGD([param], lr=0.0, decay_to_init=1.0, on_nonfinite="skip")
     param.grad = torch.full((4,), float("nan"))

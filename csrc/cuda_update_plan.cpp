@@ -1,4 +1,4 @@
-#include "update_plan_cuda.h"
+#include "cuda_update_plan.h"
 
 #include <algorithm>
 #include <cmath>

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "device_table_cuda.h"
+#include "cuda_table.h"
 #include "grad_norm_cuda.h"
 #include "tensor_checks.h"
 

@@ -7,7 +7,7 @@
 #include <optional>
 #include <vector>
 
-#include "device_table_cuda.h"
+#include "cuda_table.h"
 #include "owned_handles.h"
 #include "row_norms_cuda.h"
 #include "step_decision_cuda.h"
