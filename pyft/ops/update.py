@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -228,9 +229,15 @@ def check_parameter(param: Tensor, name: str) -> None:
     """Refuse what no in-place update can be right for.
 
     Raises:
-        TypeError: sparse, complex or integer.
+        TypeError: sparse, complex or integer, or spread over processes (DTensor), whose memory is not its own.
         ValueError: several elements share one place in memory (an expanded tensor).
     """
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is not None and isinstance(param, distributed.DTensor):
+        raise TypeError(
+            f"{name} is a DTensor, as fully_shard makes them, which pyft.optim does not take yet: use torch.optim with "
+            "fully_shard, or pyft.optim with DistributedDataParallel"
+        )
     if param.layout != torch.strided or not param.dtype.is_floating_point:
         kind = "sparse" if param.layout != torch.strided else str(param.dtype)
         raise TypeError(f"{name} must be a dense real floating tensor, got {kind}")

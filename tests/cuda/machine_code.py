@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -40,7 +41,11 @@ class Kernel:
 
 def find_cuobjdump() -> tuple[str, dict[str, str]] | None:
     """cuobjdump, and an environment in which it finds nvdisasm; None where either is missing."""
+    # PyPI's wheels of the two bring no nvcc, and are not on PATH.
+    spec = importlib.util.find_spec("nvidia")
+    wheels = [Path(place) for place in (spec.submodule_search_locations or [])] if spec is not None else []
     folders = [str(Path(place).parent) for place in nvcc_places()]
+    folders += [str(folder) for place in wheels for folder in sorted(place.glob("cu*/bin"), reverse=True)]
     path = os.pathsep.join([*folders, os.environ.get("PATH", "")])
     program = shutil.which("cuobjdump", path=path)
     return (program, os.environ | {"PATH": path}) if program and shutil.which("nvdisasm", path=path) else None
