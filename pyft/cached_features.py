@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -23,6 +24,7 @@ from pyft.freezing.plan import FreezePlan
 from pyft.freezing.prefix import cut_reason, head_inputs, head_tail
 from pyft.freezing.prefix_cache import PrefixCache
 from pyft.freezing.prefix_cache_batch import same_values
+from pyft.freezing.prefix_cache_play import StandInError
 from pyft.job import Job, autocast, to_device
 from pyft.models.call import call_model
 from pyft.samples import Batch
@@ -113,6 +115,28 @@ class FeatureKeeper:
         if self._numbering is None:
             self._numbering = number_samples(self.job)
         return self._numbering
+
+    def prepare(self, plan: FreezePlan, stage: str, seconds: dict[str, float]) -> StageFeatures | None:
+        """The features of a stage, computed; None where the whole model runs in every epoch. A note says which.
+
+        Args:
+            seconds: of the parts of the run; those of the features are added.
+
+        Raises:
+            CheckpointError: as `StageFeatures.fill`.
+        """
+        begin = time.perf_counter()
+        try:
+            features = self.open(plan)
+            features.fill()
+        except NotCachedError as reason:
+            if plan.frozen:
+                self.show.note(f"stage '{stage}': every epoch runs the whole model, because {reason}")
+            return None
+        seconds["features"] = seconds.get("features", 0.0) + time.perf_counter() - begin
+        for line in features.lines():
+            self.show.note(f"stage '{stage}': {line}")
+        return features
 
     def open(self, plan: FreezePlan) -> StageFeatures:
         """The features of a stage that is frozen now; nothing is computed yet.
@@ -212,18 +236,20 @@ class StageFeatures:
 
     def batches_to_fill(self, order: list[np.ndarray], view: int) -> Iterator[tuple[np.ndarray, Any]]:
         """(rows (B,), inputs) of each batch of rows; the inputs are None where all is stored."""
-        numbering, job = self.keeper.numbering, self.job
-        train = len(job.data.train)
         for rows in order:
             if self.cache.has(rows, view).all():
                 yield rows, None
                 continue
-            places = numbering.order[rows]
-            if job.arguments["augment_views"] is None:
-                inputs = numbering.source.fetch(places, 0)
-            else:
-                inputs = self._changed(places, train, view)
-            yield rows, to_device(inputs, job.device)
+            yield rows, self.real_inputs(rows, view)
+
+    def real_inputs(self, rows: np.ndarray, view: int) -> Any:
+        """Inputs of samples by their numbers (B,), made anew, on the device of the run."""
+        job, places = self.job, self.keeper.numbering.order[rows]
+        if job.arguments["augment_views"] is None:
+            inputs = self.keeper.numbering.source.fetch(places, 0)
+        else:
+            inputs = self._changed(places, len(job.data.train), view)
+        return to_device(inputs, job.device)
 
     def _changed(self, places: np.ndarray, train: int, view: int) -> Any:
         """Training samples as they come out in an epoch, validation samples as they are."""
@@ -245,8 +271,24 @@ class StageFeatures:
             return self.tail(inputs)
         rest = dict(inputs)
         rows, view = rest.pop(_ROWS), int(rest.pop(_VIEW)[0])
+        if not rest:
+            return self._call_without_inputs(model, rows, view)
         with self.cache.batch(rows, view):
             return call_model(model, rest.pop(_PLAIN) if _PLAIN in rest else rest)
+
+    def _call_without_inputs(self, model: nn.Module, rows: torch.Tensor, view: int) -> torch.Tensor:
+        given = self.cache.inputs_like(len(rows))
+        if given is not None:
+            # Where they are missed after all, the cache says so and the whole model runs.
+            with contextlib.suppress(StandInError), self.cache.batch(rows, view):
+                return call_model(model, given)
+        with self.cache.batch(rows, view):
+            return call_model(model, self.real_inputs(rows.cpu().numpy(), view))
+
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether the next batch must come with its inputs: the model may take nothing but what is stored."""
+        return isinstance(self.job.example.inputs, Mapping) or self.cache.inputs_like(1) is None
 
     def lines(self) -> list[str]:
         """What is stored, for the user."""
@@ -282,11 +324,28 @@ class CachedBatches:
             yield Batch(values, None if targets is None else targets.index_select(0, numbers), numbers)
 
     def _of_inputs(self, batches: list[np.ndarray], view: int) -> Iterator[Batch]:
-        for batch in self.inner.make(batches, view if self.views > 1 else 0):
-            given: dict[str, Any] = dict(batch.inputs) if isinstance(batch.inputs, Mapping) else {_PLAIN: batch.inputs}
-            given[_ROWS] = torch.from_numpy(self.rows[batch.index.numpy()])
-            given[_VIEW] = torch.full_like(given[_ROWS], view)
-            yield Batch(given, batch.targets, batch.index)
+        place = 0
+        while place < len(batches):
+            if not self.features.reads_inputs:
+                index = torch.from_numpy(np.ascontiguousarray(batches[place]))
+                targets = self.inner.samples.targets
+                yield self._numbered(
+                    Batch({}, None if targets is None else targets.index_select(0, index), index), view
+                )
+                place += 1
+                continue
+            with contextlib.closing(self.inner.make(batches[place:], view if self.views > 1 else 0)) as made:
+                for batch in made:
+                    yield self._numbered(batch, view)
+                    place += 1
+                    if not self.features.reads_inputs:
+                        break
+
+    def _numbered(self, batch: Batch, view: int) -> Batch:
+        given: dict[str, Any] = dict(batch.inputs) if isinstance(batch.inputs, Mapping) else {_PLAIN: batch.inputs}
+        given[_ROWS] = torch.from_numpy(self.rows[batch.index.numpy()])
+        given[_VIEW] = torch.full_like(given[_ROWS], view)
+        return Batch(given, batch.targets, batch.index)
 
 
 class FillProgress:

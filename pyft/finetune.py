@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from pyft import run_dir
-from pyft.cached_features import Call, FeatureKeeper, NotCachedError, StageFeatures
+from pyft.cached_features import Call, FeatureKeeper
 from pyft.core.loader import load_core_for
 from pyft.data.batches import Batches
 from pyft.describe import describe, describe_source, is_description, repeat_commands
 from pyft.errors import CheckpointError, ExportError, PyftError
 from pyft.evaluation.metrics import Metrics
-from pyft.evaluation.pictures import can_draw, draw_confusion, draw_curves
+from pyft.evaluation.pictures import can_draw, draw_run
 from pyft.evaluation.predict import evaluate_batches
 from pyft.export.onnx import export_onnx, run_metadata
 from pyft.export.parity import Parity, check_parity
@@ -294,7 +294,7 @@ def train_stages(job: Job, run: RunDir, show: Progress, *, resumed: bool) -> tup
             finish=lambda: plan.verify(job.model),
         )
         scored: BatchSource | None = job.val_batches
-        features = open_features(job, run, keeper, plan, stage, show)
+        features = keeper.prepare(plan, stage.name, run.seconds)
         if features is not None:
             setup.call, setup.batches = features.call, features.batches("train", job.batches)
             if job.val_batches is not None:
@@ -330,25 +330,6 @@ def nothing_trained(run: RunDir) -> bool:
     """Whether the run has not made a step yet, so that its folder is worth nothing."""
     last = run / "last.pt"
     return not last.exists() or load_checkpoint(last)["position"]["step"] == 0
-
-
-def open_features(
-    job: Job, run: RunDir, keeper: FeatureKeeper, plan: FreezePlan, stage: Stage, show: Progress
-) -> StageFeatures | None:
-    """The features of the frozen part, computed; None where the whole model runs in every epoch, with a note."""
-    seconds = dict(run.seconds)
-    try:
-        with timed(seconds, "features"):
-            features = keeper.open(plan)
-            features.fill()
-    except NotCachedError as reason:
-        if plan.frozen:
-            show.note(f"stage '{stage.name}': every epoch runs the whole model, because {reason}")
-        return None
-    run.seconds.update(seconds)
-    for line in features.lines():
-        show.note(f"stage '{stage.name}': {line}")
-    return features
 
 
 def stage_evaluation(job: Job, call: Call, batches: BatchSource) -> Callable[[], dict[str, float]]:
@@ -475,19 +456,11 @@ def compare(job: Job, path: Path, report: Path) -> Parity:
 def finish(run: RunDir, result: Result) -> None:
     """Write what was learned last; nothing is left that only an unfinished run needs."""
     run.write("notes.txt", "".join(f"{note}\n" for note in result.notes))
-    draw(run, result)
+    if can_draw():
+        draw_run(run.path, result.history, result.confusion, result.classes)
     run.write("timings.json", {part: round(spent, 3) for part, spent in run.seconds.items()})
     (run / "start.safetensors").unlink(missing_ok=True)
     run.set_state("finished")
-
-
-def draw(run: RunDir, result: Result) -> None:
-    """Learning curves and confusion matrix, where matplotlib is installed."""
-    if not can_draw():
-        return
-    draw_curves(result.history, run / "curves.png")
-    if result.confusion is not None and result.confusion.ndim == 2 and result.classes:
-        draw_confusion(result.confusion, result.classes, run / "confusion.png")
 
 
 @contextlib.contextmanager

@@ -246,7 +246,7 @@ def _timed_stage(job: Job, stage: Stage, call: Callable[..., torch.Tensor], trai
     before = [value.detach().clone() for _, value in named]
     optimizer = build_optimizer(named, job.settings, stage_lr(job.settings, stage)[0])
     precision = job.settings.precision if job.settings.precision != "auto" else job.forward_precision
-    with no_trace(job.model, job.device):
+    with no_trace(job.model):
         job.model.train()
         saved = 0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -108,7 +108,7 @@ class Batches:
             raise ConfigError(f"start={start}: expected 0 to {counted(self.num_batches, 'batch', 'batches')}")
         return self.make(self.index(epoch)[start:], epoch)
 
-    def make(self, batches: list[np.ndarray], epoch: int) -> Iterator[Batch]:
+    def make(self, batches: list[np.ndarray], epoch: int) -> Generator[Batch, None, None]:
         """Batches of these samples, list of int64 (B,), as they come out in an epoch."""
         ahead = getattr(self._inputs, "ahead", None)
         try:

@@ -19,6 +19,24 @@ def can_draw() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
+def draw_run(
+    folder: Path, rows: Sequence[dict[str, Any]], confusion: np.ndarray | None, classes: Sequence[str] | None
+) -> None:
+    """The pictures of a run, into its folder: curves.png, and confusion.png where there is one matrix over classes.
+
+    Args:
+        rows: as `draw_curves` takes them.
+        confusion: (C, C), or of another shape, or None.
+        classes: C names, or None.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    draw_curves(rows, folder / "curves.png")
+    if confusion is not None and confusion.ndim == 2 and classes:
+        draw_confusion(confusion, classes, folder / "confusion.png")
+
+
 def draw_curves(rows: Sequence[dict[str, Any]], path: str | Path) -> Path:
     """Training loss and validation figures over epochs, as PNG.
 

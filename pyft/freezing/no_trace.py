@@ -8,16 +8,19 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from pyft.freezing.eval_mode import kept
+
 
 @contextlib.contextmanager
-def no_trace(model: nn.Module, device: torch.device | str = "cpu") -> Iterator[None]:
+def no_trace(model: nn.Module) -> Iterator[None]:
     """Run training steps inside, and leave gradients, buffers, modes and random state as they were.
 
-    Parameters are not guarded: run no optimizer step inside.
+    Modes include those that were asked of modules which a plan keeps in eval mode. Parameters are not guarded: run no
+    optimizer step inside.
     """
-    device = torch.device(device)
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training, kept(module)) for module in model.modules()]
+    asked = [keeper.mode if keeper is not None else False for _, _, keeper in modes]
     buffers = [
         (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
@@ -26,9 +29,8 @@ def no_trace(model: nn.Module, device: torch.device | str = "cpu") -> Iterator[N
     ]
     for parameter, _ in gradients:
         parameter.grad = None
-    devices = [] if device.type == "cpu" else [device.index or 0]
     try:
-        with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
+        with random_state_kept(model):
             yield
     finally:
         for parameter, gradient in gradients:
@@ -37,5 +39,14 @@ def no_trace(model: nn.Module, device: torch.device | str = "cpu") -> Iterator[N
             for module, name, buffer, values in buffers:
                 buffer.copy_(values)
                 module._buffers[name] = buffer
-        for module, training in modes:
+        for (module, training, keeper), mode in zip(modes, asked, strict=True):
             module.training = training
+            if keeper is not None:
+                keeper.mode = mode
+
+
+def random_state_kept(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Random state of the CPU and of the model's devices is afterwards as it was."""
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in ("cpu", "meta")}
+    kind = next((device.type for device in devices), "cuda")
+    return torch.random.fork_rng(devices=sorted({device.index or 0 for device in devices}), device_type=kind)

@@ -16,6 +16,7 @@ from torch import nn
 
 from pyft.errors import ConfigError
 from pyft.freezing.eval_mode import kept
+from pyft.freezing.no_trace import no_trace, random_state_kept
 from pyft.freezing.plan import unwrap
 
 Inputs = torch.Tensor | Mapping[str, torch.Tensor]
@@ -47,7 +48,7 @@ def cut_reason(model: nn.Module, head_name: str, inputs: Inputs) -> str | None:
             return f"the head's weight is also '{name}'"
         if id(parameter) not in own and parameter.requires_grad:
             return f"'{name}' outside the head trains"
-    with _undone(model):
+    with no_trace(model):
         _set_mode(model, False)
         reason, features = _reason_in_eval(model, head, inputs)
         if features is None:
@@ -65,7 +66,7 @@ def head_inputs(model: nn.Module, head_name: str, inputs: Inputs) -> torch.Tenso
         ConfigError: the model has no such module, or does not call it.
     """
     model = unwrap(model)
-    with _random_state_kept(model), torch.inference_mode(), _watch(model, _head(model, head_name), stop=True) as trace:
+    with random_state_kept(model), torch.inference_mode(), _watch(model, _head(model, head_name), stop=True) as trace:
         _run(model, inputs, trace)
         features = trace.features
     if features is None:
@@ -80,7 +81,7 @@ def head_tail(model: nn.Module, head_name: str, inputs: Inputs) -> nn.Module:
     """
     model = unwrap(model)
     head = _head(model, head_name)
-    with _undone(model), torch.no_grad(), _watch(model, head, stop=True) as trace:
+    with no_trace(model), torch.no_grad(), _watch(model, head, stop=True) as trace:
         _set_mode(model, False)
         _run(model, inputs, trace)
     if not trace.dropouts:
@@ -220,29 +221,6 @@ def _head(model: nn.Module, name: str) -> nn.Module:
 def _set_mode(model: nn.Module, training: bool) -> None:
     for module in model.modules():
         module.training = training
-
-
-@contextlib.contextmanager
-def _undone(model: nn.Module) -> Iterator[None]:
-    """Modes, buffers and random state are afterwards as they were."""
-    modes = [(module, module.training, kept(module)) for module in model.modules()]
-    asked = [keeper.mode if keeper is not None else False for _, _, keeper in modes]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with _random_state_kept(model):
-        try:
-            yield
-        finally:
-            for (module, mode, keeper), wanted in zip(modes, asked, strict=True):
-                module.training = mode
-                if keeper is not None:
-                    keeper.mode = wanted
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
-
-
-def _random_state_kept(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    return torch.random.fork_rng(devices=sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda}))
 
 
 def _rows(inputs: Inputs, count: int) -> Inputs:

@@ -22,8 +22,9 @@ from pyft.freezing.prefix_cache_batch import BatchFacts, batch_facts, same_value
 from pyft.freezing.prefix_cache_disk import DiskWriter, open_finished
 from pyft.freezing.prefix_cache_find import find_prefix, memory_store, set_modes
 from pyft.freezing.prefix_cache_key import autocast_state, prefix_key
-from pyft.freezing.prefix_cache_play import Key, StandInError, StopForwardError, run_model
+from pyft.freezing.prefix_cache_play import Key, StandIn, StandInError, StopForwardError, run_model, without_values
 from pyft.freezing.prefix_cache_store import FeatureStore, MemoryArena
+from pyft.freezing.prefix_cache_trace import tensors_in
 
 Storage = Literal["auto", "ram", "disk"]
 MEMORY_SHARE = 4
@@ -117,6 +118,7 @@ class PrefixCache:
         modules = [module for name in self.prefix.names for module in self.model.get_submodule(name).modules()]
         self._still = [module for module in modules if not module.training]
         self._example = batch_facts(example_inputs)
+        self._blank = None if self.prefix.reads_inputs else without_values(example_inputs, self._example.batch)
         self._writer: DiskWriter | None = None
         self._store = self._open(storage, None if directory is None else Path(directory), key, num_samples)
 
@@ -143,6 +145,18 @@ class PrefixCache:
                 yield
         finally:
             self._numbers = None
+
+    def inputs_like(self, count: int) -> Any:
+        """What to call the model with, inside of `batch`, for `count` stored samples: inputs without values.
+
+        So that pictures which only the stored part takes need not be read again. An operation that wants their values
+        raises `StandInError`.
+
+        Returns:
+            Inputs of the form of the example; None while real ones are needed: where plain code, or a part that
+            trains, takes them, for the first `checks` batches, for padded ones, and when the whole model runs.
+        """
+        return None if self._blank is None or self.checks > 0 or self.reason else without_values(self._blank, count)
 
     def fill(
         self,
@@ -316,6 +330,7 @@ class PrefixCache:
         if numbers is None or self.reason is not None or self.prefix.stage.player is not None:
             return forward(*args, **kwargs)
         facts = batch_facts(kwargs if not args else (*args, *kwargs.values()))
+        blank = any(isinstance(tensor, StandIn) for tensor in tensors_in((args, kwargs)))
         if facts.batch != len(numbers):
             raise ConfigError(f"indices: {len(numbers)} for a batch of {facts.batch} samples")
         moved = next((module for module in self._still if module.training), None)
@@ -334,10 +349,14 @@ class PrefixCache:
                     out = forward(*args, **kwargs)
                 self.played += 1
                 return out
+            if blank:
+                raise ConfigError("inputs without values: not all samples of this batch are stored")
             return self._fill_live(forward, args, kwargs, facts, numbers)
         except StandInError as error:
             self.give_up(str(error))
             torch.set_rng_state(random_state)
+            if blank:
+                raise
             return forward(*args, **kwargs)
 
     def _fill_live(self, forward: Any, args: Any, kwargs: Any, facts: BatchFacts, numbers: np.ndarray) -> Any:

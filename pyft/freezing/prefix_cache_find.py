@@ -14,7 +14,7 @@ from torch import nn
 
 from pyft.core.transfer import to_device
 from pyft.errors import ConfigError
-from pyft.freezing.prefix import _undone
+from pyft.freezing.no_trace import no_trace
 from pyft.freezing.prefix_cache_batch import BatchFacts, agree, batch_facts, compositions, make_variants
 from pyft.freezing.prefix_cache_cut import CannotCutError, Cut, find_cut
 from pyft.freezing.prefix_cache_play import (
@@ -22,12 +22,14 @@ from pyft.freezing.prefix_cache_play import (
     Player,
     Replayed,
     Stage,
+    StandIn,
     StandInError,
     StopForwardError,
     run_model,
+    without_values,
 )
 from pyft.freezing.prefix_cache_store import CPU, Column, FeatureStore, MemoryArena
-from pyft.freezing.prefix_cache_trace import in_place_of_forward
+from pyft.freezing.prefix_cache_trace import in_place_of_forward, tensors_in
 
 LEAST_SHARE = 0.02
 """A prefix with less of the work than this is not worth its memory."""
@@ -40,6 +42,7 @@ class Prefix:
     Attributes:
         columns: what is stored, by key.
         names: of the modules with replayed calls.
+        reads_inputs: whether something else than replayed calls takes values of the inputs.
         stage: where these modules find the player of the pass in progress.
     """
 
@@ -47,6 +50,7 @@ class Prefix:
     cut: Cut
     columns: dict[Key, Column]
     names: set[str]
+    reads_inputs: bool = True
     stage: Stage = field(default_factory=Stage)
 
     def player(self, facts: BatchFacts, store: FeatureStore, numbers: np.ndarray) -> Player:
@@ -121,7 +125,7 @@ def find_prefix(model: nn.Module, trainable: Collection[str], inputs: Any, dtype
     """
     variants = make_variants(inputs)
     # A cast weight that autocast kept would come from nowhere.
-    with _undone(model), _host_random_state_kept(), _autocast_keeps_nothing():
+    with no_trace(model), _host_random_state_kept(), _autocast_keeps_nothing():
         try:
             if not model.training:
                 model.train()
@@ -130,7 +134,7 @@ def find_prefix(model: nn.Module, trainable: Collection[str], inputs: Any, dtype
                 raise CannotCutError(_small(cut))
             columns = _make_columns(cut, dtype)
             prefix = Prefix(model, cut, columns, {name for name, _ in cut.script.sites})
-            _verify(prefix, inputs)
+            prefix.reads_inputs = _verify(prefix, inputs)
         except (CannotCutError, StandInError) as error:
             raise ConfigError(f"the frozen part of the model cannot be run once for all: {error}") from None
     return prefix
@@ -144,8 +148,12 @@ def _make_columns(cut: Cut, dtype: torch.dtype | None) -> dict[Key, Column]:
     return columns
 
 
-def _verify(prefix: Prefix, inputs: Any) -> None:
-    """Play the samples of the example in other batches, and compare with the model itself."""
+def _verify(prefix: Prefix, inputs: Any) -> bool:
+    """Play the samples of the example in other batches, and compare with the model itself.
+
+    Returns:
+        Whether the values of the inputs are read on playback.
+    """
     store = memory_store(prefix.columns)
     facts = batch_facts(inputs)
     modes = [(module, module.training) for module in prefix.model.modules()]
@@ -171,6 +179,28 @@ def _verify(prefix: Prefix, inputs: Any) -> None:
                     "what it gives for a sample depends on the other samples of its batch, on its padding, or on "
                     "something that the forward pass keeps"
                 )
+    return facts.length > 0 or not _plays_without_inputs(prefix, modes, others, store)
+
+
+def _plays_without_inputs(
+    prefix: Prefix, modes: list[tuple[nn.Module, bool]], batches: list[tuple[np.ndarray, Any]], store: FeatureStore
+) -> bool:
+    """Whether playback gives the same with inputs that have no values."""
+    for training in (False, True):
+        set_modes(modes, training)
+        for numbers, inputs in batches:
+            facts = batch_facts(inputs)
+            with torch.set_grad_enabled(training), prefix.attached():
+                with prefix.playing(prefix.player(facts, store, numbers)):
+                    right = _seeded(prefix.model, inputs)
+                try:
+                    with prefix.playing(prefix.player(facts, store, numbers)):
+                        found = _seeded(prefix.model, without_values(inputs, facts.batch))
+                except Exception:  # foreign code may do anything with what has no values; then it gets real ones
+                    return False
+            if any(isinstance(leaf, StandIn) for leaf in tensors_in(found)) or not agree(found, right):
+                return False
+    return True
 
 
 def memory_store(columns: dict[Key, Column], count: int = 0, device: torch.device = CPU) -> FeatureStore:

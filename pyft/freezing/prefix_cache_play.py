@@ -90,14 +90,19 @@ class StandIn(torch.Tensor):
         value: the real tensor while the store is being filled; None when it is played back.
     """
 
-    player: Player
+    player: Player | NoInputs
     key: Key
     value: torch.Tensor | None
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
-        cls: type[StandIn], player: Player, key: Key, leaf: Leaf, shape: tuple[int, ...], value: torch.Tensor | None
+        cls: type[StandIn],
+        player: Player | NoInputs,
+        key: Key,
+        leaf: Leaf,
+        shape: tuple[int, ...],
+        value: torch.Tensor | None,
     ) -> StandIn:
         """Nothing is allocated."""
         strides = value.stride() if value is not None else strides_of(shape, leaf.order)
@@ -115,8 +120,9 @@ class StandIn(torch.Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        found = next(tensor for tensor in tensors_in((args, kwargs)) if isinstance(tensor, StandIn))
-        return found.player.operation(func, args, kwargs)
+        found = [tensor.player for tensor in tensors_in((args, kwargs)) if isinstance(tensor, StandIn)]
+        player = next((one for one in found if not isinstance(one, NoInputs)), found[0])
+        return player.operation(func, args, kwargs)
 
 
 def real(value: Any) -> Any:
@@ -254,6 +260,27 @@ class Player:
         if self.stop and not self.left:
             raise StopForwardError
         return value
+
+
+class NoInputs:
+    """Takes the place of a player in inputs without values, which only replayed calls may take."""
+
+    def operation(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """An operation that takes nothing but such inputs reads them."""
+        raise StandInError(f"the model reads its inputs outside of its frozen modules: {func}")
+
+
+def without_values(inputs: Any, count: int) -> Any:
+    """Inputs like these, of `count` samples, that have sizes and dtypes and no values."""
+
+    def blank(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        shape = (count, *leaf.shape[1:])
+        facts = Leaf(shape, memory_order(leaf), leaf.dtype, leaf.device)
+        return StandIn(NoInputs(), ("inputs", 0, 0), facts, shape, None)
+
+    return tree_map(blank, dict(inputs) if isinstance(inputs, Mapping) else inputs)
 
 
 class Replayed:

@@ -230,8 +230,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     bring_up_to_date(model)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     forms = [(layer, type(layer)) for layer in layers_with_parts(model)]
-    device = flags[0][0].device if flags else "cpu"
-    with no_trace(model, device):
+    with no_trace(model):
         try:
             for layer, form in forms:
                 layer.__class__ = PLAIN[form]

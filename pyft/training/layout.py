@@ -57,7 +57,7 @@ def choose_layout(
     """
     if not convolution_weights(model):
         return False, None
-    with no_trace(model, device):
+    with no_trace(model):
         try:
             if not _same_outputs(model, forward):
                 return False, None

@@ -222,7 +222,7 @@ class _StageTraining:
         run, batches = self.run, self.setup.batches
 
         def probe(precision: str) -> None:
-            with no_trace(run.model, self.device):
+            with no_trace(run.model):
                 run.model.train()
                 self.stepper.probe(batch, precision)
 
