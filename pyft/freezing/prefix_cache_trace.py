@@ -149,6 +149,11 @@ class Dependence(TorchDispatchMode):
             if name in trainable:
                 self.reasons[storage_of(tensor)] = f"'{name}' trains"
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch would load its whole compiler, in two seconds, to keep it away from what is never compiled."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         reason = self.reason_of(func, args, kwargs)

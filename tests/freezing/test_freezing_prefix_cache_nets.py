@@ -260,4 +260,4 @@ def test_timm(name: str) -> None:
     pixels = torch.randn(len(LENGTHS), 3, 32, 32)
     cache = PrefixCache(model.train(), pixels[:4])
     bit_equal(model, cache, lambda index: pixels[index], rounds=2)
-    assert cache.share > 0.3
+    assert cache.share > 0.25
