@@ -71,12 +71,5 @@ def test_ops_pass_under_address_and_undefined_behaviour_sanitizers(core) -> None
     ]
     if not all(map(os.path.isabs, libraries)):
         pytest.skip("the compiler has no sanitizers: apt-get install libasan8 libubsan1")
-    launches_in(
-        run_matrix(
-            "random:3",
-            SANITIZED,
-            "--cuda-emulation-sanitize",
-            LD_PRELOAD=" ".join(libraries),
-            ASAN_OPTIONS="detect_leaks=0",
-        )
-    )
+    variables = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
+    launches_in(run_matrix("random:3", SANITIZED, "--cuda-emulation-sanitize", **variables))
