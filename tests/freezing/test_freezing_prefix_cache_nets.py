@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,15 @@ IMAGE_NETS: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["resnet.embedder", "resnet.encoder.stages.0"],
     ),
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Nets of this size are slower on more, above all beside other work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def build(name: str, kind: str, arguments: dict[str, Any]) -> nn.Module:
