@@ -141,3 +141,20 @@ def shell(environment: dict[str, str]) -> Callable[..., subprocess.CompletedProc
 def run_dir(tmp_path: Path) -> Path:
     """Where a run may write."""
     return tmp_path / "run"
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 pictures of one colour with noise, one folder per colour."""
+    import numpy as np
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("colours")
+    generator = np.random.default_rng(0)
+    for channel, name in enumerate(("red", "green", "blue")):
+        (folder / name).mkdir()
+        for number in range(20):
+            pixels = generator.integers(0, 120, (20, 24, 3))
+            pixels[..., channel] += 120
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{number}.png")
+    return folder

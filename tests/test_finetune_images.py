@@ -132,22 +132,6 @@ class Small(nn.Module):
         return self.head(self.body(x).mean((2, 3)))
 
 
-@pytest.fixture(scope="module")
-def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures of one colour with noise, one folder per colour."""
-    from PIL import Image
-
-    folder = tmp_path_factory.mktemp("colours")
-    generator = np.random.default_rng(0)
-    for channel, name in enumerate(("red", "green", "blue")):
-        (folder / name).mkdir()
-        for number in range(20):
-            pixels = generator.integers(0, 120, (20, 24, 3))
-            pixels[..., channel] += 120
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{number}.png")
-    return folder
-
-
 def test_a_preprocessing_with_a_spec_travels_with_the_model(colours: Path, run_dir: Path) -> None:
     from pyft.data.images import ImagePreprocess
 

@@ -38,22 +38,6 @@ class Small(nn.Module):
         return self.head(self.last(self.two(self.one(x))).mean((2, 3)))
 
 
-@pytest.fixture(scope="module")
-def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 pictures of one colour with noise, one folder per colour."""
-    from PIL import Image
-
-    folder = tmp_path_factory.mktemp("colours")
-    generator = np.random.default_rng(0)
-    for channel, name in enumerate(("red", "green", "blue")):
-        (folder / name).mkdir()
-        for number in range(20):
-            pixels = generator.integers(0, 120, (20, 24, 3))
-            pixels[..., channel] += 120
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{number}.png")
-    return folder
-
-
 @pytest.fixture
 def fetched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Gets the size of each batch of pictures that is made."""
