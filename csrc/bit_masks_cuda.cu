@@ -316,11 +316,8 @@ cudaError_t launch_pack(const Element* x, Element* y, uint8_t* bits, int64_t len
   if (length == 0) {
     return cudaSuccess;
   }
-  unsigned grid = 0;
-  const cudaError_t error = grid_size(pack_kernel<Element, Rule>, kThreads, blocks_for<Element>(length), grid);
-  return error != cudaSuccess ? error
-                              : PYFT_LAUNCH((pack_kernel<Element, Rule>), grid, kThreads, stream, x, y, bits, length,
-                                            vector_aligned(x, y), rule);
+  return PYFT_LAUNCH((pack_kernel<Element, Rule>), UpTo{blocks_for<Element>(length)}, kThreads, stream, x, y, bits,
+                     length, vector_aligned(x, y), rule);
 }
 
 template <class Element, class Rule>
@@ -329,11 +326,8 @@ cudaError_t launch_unpack(const Element* x, const uint8_t* bits, Element* y, int
   if (length == 0) {
     return cudaSuccess;
   }
-  unsigned grid = 0;
-  const cudaError_t error = grid_size(unpack_kernel<Element, Rule>, kThreads, blocks_for<Element>(length), grid);
-  return error != cudaSuccess ? error
-                              : PYFT_LAUNCH((unpack_kernel<Element, Rule>), grid, kThreads, stream, x, bits, y, length,
-                                            vector_aligned(x, y), rule);
+  return PYFT_LAUNCH((unpack_kernel<Element, Rule>), UpTo{blocks_for<Element>(length)}, kThreads, stream, x, bits, y,
+                     length, vector_aligned(x, y), rule);
 }
 
 // Calls work(input, output), both of the type of the format.

@@ -115,9 +115,7 @@ __global__ void __launch_bounds__(kThreads) change_kernel(DeviceFloatsTable tabl
 
 template <class Change>
 cudaError_t launch_change(const DeviceFloatsTable& table, const Change& change, cudaStream_t stream) {
-  unsigned grid = 0;
-  const cudaError_t error = grid_size(change_kernel<Change>, kThreads, table.num_chunks, grid);
-  return error != cudaSuccess ? error : PYFT_LAUNCH(change_kernel<Change>, grid, kThreads, stream, table, change);
+  return PYFT_LAUNCH(change_kernel<Change>, UpTo{table.num_chunks}, kThreads, stream, table, change);
 }
 
 }  // namespace

@@ -12,7 +12,8 @@
 #include "cuda_emulation.h"
 #else
 #include <cuda_runtime.h>
-// cudaError_t of starting kernel(args...). A kernel with several template arguments goes in parentheses.
+// cudaError_t of starting kernel(args...) on `grid`, a dim3 or UpTo. A kernel with several template arguments goes in
+// parentheses.
 #define PYFT_LAUNCH(kernel, grid, block, stream, ...) ::pyft::launch(kernel, grid, block, stream, __VA_ARGS__)
 // `count` elements of an arithmetic type, used as name[i]; a device function takes `name` as a template argument.
 #define PYFT_SHARED(type, name, count) __shared__ __align__(16) type name[count]
@@ -40,22 +41,26 @@ bool vector_aligned(const Pointers*... places) {
   return ((reinterpret_cast<uintptr_t>(places) % kVectorBytes == 0) && ...);
 }
 
-// Blocks that the current device runs at once, but no more than `needed` and at least one.
-template <class Kernel>
-cudaError_t grid_size(Kernel* kernel, int block, int64_t needed, unsigned& grid) {
-  int device = 0, processors = 0, each = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+// A grid of as many blocks as the current device runs at once, but no more than these and at least one.
+struct UpTo {
+  int64_t blocks;
+
+  template <class Kernel>
+  cudaError_t resolve(Kernel* kernel, dim3 block, dim3& grid) const {
+    int device = 0, processors = 0, each = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) {
+      error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    }
+    if (error == cudaSuccess) {
+      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, static_cast<int>(block.x), 0);
+    }
+    const int64_t room = static_cast<int64_t>(processors) * each;
+    const int64_t fitting = blocks < room ? blocks : room;
+    grid = dim3(static_cast<unsigned>(fitting < 1 ? 1 : fitting));
+    return error;
   }
-  if (error == cudaSuccess) {
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, block, 0);
-  }
-  const int64_t room = static_cast<int64_t>(processors) * each;
-  const int64_t blocks = needed < room ? needed : room;
-  grid = static_cast<unsigned>(blocks < 1 ? 1 : blocks);
-  return error;
-}
+};
 
 #ifdef PYFT_CUDA_EMULATION
 
@@ -73,6 +78,13 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStr
   config.stream = stream;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   return error == cudaSuccess ? error : cudaGetLastError();
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), UpTo most, dim3 block, cudaStream_t stream, Arguments... arguments) {
+  dim3 grid;
+  const cudaError_t error = most.resolve(kernel, block, grid);
+  return error != cudaSuccess ? error : launch(kernel, grid, block, stream, arguments...);
 }
 
 // The integers as which a type moves in one instruction, or the type itself.

@@ -144,15 +144,11 @@ __global__ void __launch_bounds__(kFinishThreads)
 
 template <class Term>
 cudaError_t launch_sum(const DeviceFloatsTable& table, const Term& term, double* partial, cudaStream_t stream) {
-  unsigned grid = 0;
-  const cudaError_t error = grid_size(sum_kernel<Term>, kThreads, table.num_chunks, grid);
-  return error != cudaSuccess ? error : PYFT_LAUNCH(sum_kernel<Term>, grid, kThreads, stream, table, term, partial);
+  return PYFT_LAUNCH(sum_kernel<Term>, UpTo{table.num_chunks}, kThreads, stream, table, term, partial);
 }
 
 cudaError_t launch_largest(const DeviceFloatsTable& table, double* partial, cudaStream_t stream) {
-  unsigned grid = 0;
-  const cudaError_t error = grid_size(largest_kernel, kThreads, table.num_chunks, grid);
-  return error != cudaSuccess ? error : PYFT_LAUNCH(largest_kernel, grid, kThreads, stream, table, partial);
+  return PYFT_LAUNCH(largest_kernel, UpTo{table.num_chunks}, kThreads, stream, table, partial);
 }
 
 }  // namespace

@@ -234,19 +234,12 @@ cudaError_t gather_columns(const ColumnGather& gather, cudaStream_t stream) {
   constexpr int kN = kLength<Element>;
   const Tiling tiling = tiling_of(kN, gather.rows, gather.count);
   const bool vector = gather.count % kN == 0 && vector_aligned(gather.compact);
-  unsigned grid = 0;
-  cudaError_t error = grid_size(gather_kernel<Element, kSum>, kThreads, tiling.tiles * tiling.slabs, grid);
-  if (error == cudaSuccess) {
-    error = PYFT_LAUNCH((gather_kernel<Element, kSum>), grid, kThreads, stream, gather, tiling, vector,
-                        rows_aligned<Element>(gather.full));
-  }
+  cudaError_t error = PYFT_LAUNCH((gather_kernel<Element, kSum>), UpTo{tiling.tiles * tiling.slabs}, kThreads, stream,
+                                  gather, tiling, vector, rows_aligned<Element>(gather.full));
   if constexpr (kSum) {
     const int64_t blocks = (gather.count + kFinishColumns - 1) / kFinishColumns;
     if (error == cudaSuccess) {
-      error = grid_size(finish_sums_kernel<Element>, kThreads, blocks, grid);
-    }
-    if (error == cudaSuccess) {
-      error = PYFT_LAUNCH(finish_sums_kernel<Element>, grid, kThreads, stream, gather.partial, tiling.slabs,
+      error = PYFT_LAUNCH(finish_sums_kernel<Element>, UpTo{blocks}, kThreads, stream, gather.partial, tiling.slabs,
                           gather.count, static_cast<Element*>(gather.sums));
     }
   }
@@ -264,13 +257,8 @@ cudaError_t write_part(const PartWrite& write, cudaStream_t stream) {
   constexpr int kN = kLength<Element>;
   const Tiling tiling = tiling_of(kN, write.row_count, write.column_count);
   const bool vector = write.column_count % kN == 0 && rows_aligned<Element>(write.part);
-  unsigned grid = 0;
-  cudaError_t error = grid_size(write_part_kernel<Element>, kThreads, tiling.tiles * tiling.slabs, grid);
-  if (error == cudaSuccess) {
-    error = PYFT_LAUNCH(write_part_kernel<Element>, grid, kThreads, stream, write, tiling, vector,
-                        rows_aligned<Element>(write.full));
-  }
-  return error;
+  return PYFT_LAUNCH(write_part_kernel<Element>, UpTo{tiling.tiles * tiling.slabs}, kThreads, stream, write, tiling,
+                     vector, rows_aligned<Element>(write.full));
 }
 
 }  // namespace

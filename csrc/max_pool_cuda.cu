@@ -220,19 +220,12 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
-template <class Kernel>
-cudaError_t blocks_for(Kernel* kernel, const Grid& grid, unsigned& blocks) {
-  return grid_size(kernel, kThreads, (grid.count + kThreads - 1) / kThreads, blocks);
-}
+UpTo blocks_for(const Grid& grid) { return {(grid.count + kThreads - 1) / kThreads}; }
 
 template <int kSide, int kLength>
 cudaError_t launch_pool(const float* x, float* y, uint8_t* at, int64_t channels, const Windows& w, const Grid& grid,
                         cudaStream_t stream) {
-  unsigned blocks = 0;
-  const cudaError_t error = blocks_for(pool_kernel<kSide, kLength>, grid, blocks);
-  return error != cudaSuccess
-             ? error
-             : PYFT_LAUNCH((pool_kernel<kSide, kLength>), blocks, kThreads, stream, x, y, at, channels, w, grid);
+  return PYFT_LAUNCH((pool_kernel<kSide, kLength>), blocks_for(grid), kThreads, stream, x, y, at, channels, w, grid);
 }
 
 template <int kLength>
@@ -251,21 +244,14 @@ cudaError_t launch_pool_of_side(const float* x, float* y, uint8_t* at, int64_t c
 template <int kLength>
 cudaError_t launch_backward_last(const float* grad, const uint8_t* at, float* dx, int64_t channels, const Windows& w,
                                  const Grid& grid, cudaStream_t stream) {
-  unsigned blocks = 0;
-  const cudaError_t error = blocks_for(backward_last_kernel<kLength>, grid, blocks);
-  return error != cudaSuccess
-             ? error
-             : PYFT_LAUNCH(backward_last_kernel<kLength>, blocks, kThreads, stream, grad, at, dx, channels, w, grid);
+  return PYFT_LAUNCH(backward_last_kernel<kLength>, blocks_for(grid), kThreads, stream, grad, at, dx, channels, w,
+                     grid);
 }
 
 cudaError_t launch_backward_planes(const float* grad, const uint8_t* at, float* dx, const Windows& w, const Grid& grid,
                                    cudaStream_t stream) {
-  unsigned blocks = 0;
-  const cudaError_t error = blocks_for(backward_planes_kernel, grid, blocks);
   const bool aligned = w.width.in % kQuad == 0 && vector_aligned(dx);
-  return error != cudaSuccess
-             ? error
-             : PYFT_LAUNCH(backward_planes_kernel, blocks, kThreads, stream, grad, at, dx, aligned, w, grid);
+  return PYFT_LAUNCH(backward_planes_kernel, blocks_for(grid), kThreads, stream, grad, at, dx, aligned, w, grid);
 }
 
 // Whether four channels lie together and begin at places where vectors may.

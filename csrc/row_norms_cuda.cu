@@ -81,9 +81,7 @@ __global__ void __launch_bounds__(kThreads) row_norms_kernel(RowNormsWork work) 
 }  // namespace
 
 cudaError_t launch_row_norms(const RowNormsWork& work, cudaStream_t stream) {
-  unsigned grid = 0;
-  const cudaError_t error = grid_size(row_norms_kernel, kThreads, work.num_tasks, grid);
-  return error != cudaSuccess ? error : PYFT_LAUNCH(row_norms_kernel, grid, kThreads, stream, work);
+  return PYFT_LAUNCH(row_norms_kernel, UpTo{work.num_tasks}, kThreads, stream, work);
 }
 
 }  // namespace pyft

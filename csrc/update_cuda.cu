@@ -484,9 +484,7 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(UpdateWork work) {
 }  // namespace
 
 cudaError_t launch_update(const UpdateWork& work, cudaStream_t stream) {
-  unsigned grid = 0;
-  const cudaError_t error = grid_size(update_kernel, kThreads, work.num_chunks, grid);
-  return error != cudaSuccess ? error : PYFT_LAUNCH(update_kernel, grid, kThreads, stream, work);
+  return PYFT_LAUNCH(update_kernel, UpTo{work.num_chunks}, kThreads, stream, work);
 }
 
 }  // namespace pyft

@@ -2,6 +2,7 @@
 // differs; then the order in which threads ran, and the traffic of two kernels.
 #include <cstdio>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda_launch.h"
@@ -162,9 +163,11 @@ void show_traffic() {
 }
 
 void check_runtime() {
-  unsigned grid = 0;
-  expect(grid_size(atomics, 256, 1000, grid) == cudaSuccess && grid == 6, "grid by occupancy", static_cast<int>(grid));
-  expect(grid_size(atomics, 256, 2, grid) == cudaSuccess && grid == 2, "grid of little work", static_cast<int>(grid));
+  dim3 grid;
+  for (const auto [blocks, expected] : {std::pair{1000, 6u}, {2, 2u}, {0, 1u}}) {
+    const cudaError_t fitted = UpTo{blocks}.resolve(atomics, 256, grid);
+    expect(fitted == cudaSuccess && grid.x == expected, "grid by occupancy and need", static_cast<int>(grid.x));
+  }
   const cudaError_t error = PYFT_LAUNCH(atomics, 1, 2000, nullptr, nullptr, nullptr);
   expect(error == cudaErrorInvalidConfiguration, "block of 2000 threads", error);
 }

@@ -115,6 +115,16 @@ cudaError_t launch(const std::string& name, void (*kernel)(Parameters...), dim3 
   return cudaSuccess;
 }
 
+// `wanted` finds the grid from what the device holds at once, as pyft::UpTo does.
+template <class... Parameters, class Wanted, class... Arguments>
+  requires requires(const Wanted& wanted) { wanted.blocks; }
+cudaError_t launch(const std::string& name, void (*kernel)(Parameters...), const Wanted& wanted, dim3 threads,
+                   cudaStream_t stream, Arguments... arguments) {
+  dim3 grid;
+  const cudaError_t error = wanted.resolve(kernel, threads, grid);
+  return error != cudaSuccess ? error : launch(name, kernel, grid, threads, stream, arguments...);
+}
+
 inline cudaError_t copy(void* to, const void* from, size_t bytes) {
   ++counters.copies;
   counters.copied_bytes += static_cast<int64_t>(bytes);
