@@ -22,7 +22,15 @@ from pyft.freezing.prefix_cache_batch import BatchFacts, batch_facts, same_value
 from pyft.freezing.prefix_cache_disk import DiskWriter, open_finished
 from pyft.freezing.prefix_cache_find import find_prefix, memory_store, set_modes
 from pyft.freezing.prefix_cache_key import autocast_state, prefix_key
-from pyft.freezing.prefix_cache_play import Key, StandIn, StandInError, StopForwardError, run_model, without_values
+from pyft.freezing.prefix_cache_play import (
+    Key,
+    StandIn,
+    StandInError,
+    StopForwardError,
+    run_model,
+    run_uncompiled,
+    without_values,
+)
 from pyft.freezing.prefix_cache_store import FeatureStore, MemoryArena
 from pyft.freezing.prefix_cache_trace import tensors_in
 
@@ -42,7 +50,7 @@ class PrefixCache:
 
     Args:
         model: in place; nothing of it is changed. Modules are replayed as they are now: make a new cache when weights,
-            buffers, or what is frozen, change.
+            buffers, or what is frozen, change. What torch.compile made of it, or of parts, runs uncompiled in `batch`.
         example_inputs: a batch of at least two samples: a Tensor, a tuple of positional or a dict of keyword
             arguments. First dimension B. Padded sequences need "attention_mask" (B, T), 1 for what is real.
         plan: what trains, as `pyft.freeze` gave it; None: the parameters that require a gradient.
@@ -111,7 +119,8 @@ class PrefixCache:
         self._numbers: np.ndarray | None = None
         device = next(iter(named.values())).device
         self._autocast = autocast_state(device)
-        self.prefix = find_prefix(self.model, trainable, example_inputs, dtype)
+        with run_uncompiled():
+            self.prefix = find_prefix(self.model, trainable, example_inputs, dtype)
         self._columns = self.prefix.columns
         self.share = self.prefix.cut.share
         self.key = prefix_key(self.model, self.prefix.cut, dtype, self._autocast)
@@ -141,7 +150,7 @@ class PrefixCache:
             raise ConfigError(f"indices: expected (B,) whole numbers of 0 or more, got shape {numbers.shape}")
         self._numbers = self._view_numbers(numbers, view)
         try:
-            with self.prefix.attached(lambda forward: _Root(self, forward)):
+            with run_uncompiled(), self.prefix.attached(lambda forward: _Root(self, forward)):
                 yield
         finally:
             self._numbers = None
@@ -180,7 +189,8 @@ class PrefixCache:
             for indices, inputs in batches:
                 numbers = self._view_numbers(indices, view)
                 if self.reason is None and not self._store.has(numbers).all():
-                    self._fill_one(numbers, inputs)
+                    with run_uncompiled():
+                        self._fill_one(numbers, inputs)
                 if progress is not None:
                     progress(len(numbers))
         finally:

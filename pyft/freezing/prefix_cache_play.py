@@ -6,6 +6,8 @@ stand-ins only (a residual sum, a view) gives a stand-in as well. Whatever else 
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -315,3 +317,10 @@ def run_model(model: Callable[..., Any], inputs: Any) -> Any:
     if isinstance(inputs, tuple | list):
         return model(*inputs)
     return model(inputs)
+
+
+def run_uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Inside, what torch.compile made runs as the Python it was made of: the compiler would take our stand-ins in."""
+    if "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")

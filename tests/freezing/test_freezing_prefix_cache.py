@@ -419,3 +419,28 @@ def test_channels_last_values_keep_their_layout() -> None:
         assert torch.equal(out, model(images))
     assert len(set(layouts)) == 1
     assert layouts[0][1] == 1
+
+
+@pytest.mark.parametrize("compiled", ["wrapped", "in place"])
+def test_a_compiled_model_runs_as_the_model_it_was_made_of(compiled: str) -> None:
+    plain, graphs = frozen(Body()), []
+    expected = [plain(X[:4]), plain(X[4:8])]
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    if compiled == "in place":
+        plain.compile(backend=backend)
+    model = torch.compile(plain, backend=backend) if compiled == "wrapped" else plain
+    model(X[:4])
+    made = len(graphs)
+    cache = PrefixCache(model, X[:5], checks=0)
+    cache.fill([(range(8), X[:8])])
+    for start in (0, 4):
+        with cache.batch(range(start, start + 4)):
+            out = model(X[start : start + 4])
+        assert torch.equal(out, expected[start // 4])
+    out.sum().backward()
+    assert (cache.reason, cache.played) == (None, 2)
+    assert made == len(graphs) > 0
