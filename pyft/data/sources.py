@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from pyft.data.arrays import dataset_samples, loader_dataset, pair_samples
@@ -252,7 +254,7 @@ def read_source(
         return raw
     if hasattr(source, "columns") and (hasattr(source, "to_numpy") or hasattr(source, "__dataframe__")):
         table = frame_table(source, "DataFrame")
-        return table_samples(table, kind, text_column, label_column, labels_required, columns)
+        return _with_tensors(table_samples(table, kind, text_column, label_column, labels_required, columns))
     two_arrays = (
         labels_required
         and isinstance(source, list)
@@ -267,6 +269,13 @@ def read_source(
             )
         return pair_samples(source[0], source[1], kind)
     return _sequence_samples(source, kind, labels_required)
+
+
+def _with_tensors(raw: Raw) -> Raw:
+    """Numbers, which the readers give as arrays, as a Tensor."""
+    if isinstance(raw.inputs, np.ndarray):
+        raw.inputs = torch.from_numpy(raw.inputs)
+    return raw
 
 
 def _sequence_samples(source: Any, kind: Kind | None, labels_required: bool) -> Raw:
@@ -307,7 +316,7 @@ def _path_samples(
             )
         return folder_samples(path, labels_required=labels_required)
     if path.suffix.lower() in TABLE_SUFFIXES:
-        return table_samples(read_table(path), kind, text_column, label_column, labels_required, columns)
+        return _with_tensors(table_samples(read_table(path), kind, text_column, label_column, labels_required, columns))
     if path.suffix.lower() in IMAGE_SUFFIXES and not labels_required:
         return Raw("image", [path], None, path.name)
     raise DataError(
