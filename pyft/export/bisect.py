@@ -92,9 +92,6 @@ def first_difference(
     from pyft.export.reference import reference_of
 
     proto = onnx.load(os.fspath(path))
-    training = _training_node(proto)
-    if training is not None:
-        return training
     if not isinstance(feed, Mapping):
         feed = {proto.graph.input[0].name: feed}
     try:
@@ -112,6 +109,21 @@ def first_difference(
             continue
         if found is not None:
             return found
+    return None
+
+
+def training_node(path: str | os.PathLike[str]) -> FirstDifference | None:
+    """The first node of a file that behaves as in training, or None."""
+    onnx = need("onnx", "onnx", "looking into an ONNX file")
+    graph = onnx.load(os.fspath(path), load_external_data=False).graph
+    constants = {value.name: value for value in graph.initializer}
+    for node in _nodes(graph):
+        mode = any(attribute.name == "training_mode" and attribute.i for attribute in node.attribute)
+        if node.op_type == "Dropout" and len(node.input) > 2 and node.input[2]:
+            flag = constants.get(node.input[2])
+            mode = flag is None or bool(onnx.numpy_helper.to_array(flag))
+        if mode:
+            return FirstDifference("training", node.name, node.op_type, node.output[0])
     return None
 
 
@@ -143,14 +155,14 @@ class _Search:
         if not order:
             return None
         found = graph_values(self.proto, order, self.feed, self.provider)
-        apart = {name: _apart(self.compared[name], found[name]) for name in order}
-        final = apart.get("logits", 1.0)
+        distances = {name: _apart(self.compared[name], found[name]) for name in order}
+        final = distances.get("logits", 1.0)
         limit = _limit(final)
         before = 0.0
         for name in order:
-            if not apart[name] <= limit:
-                return self._at(name, before, apart[name])
-            before = max(before, apart[name])
+            if not distances[name] <= limit:
+                return self._at(name, before, distances[name])
+            before = max(before, distances[name])
         return self._with_fusions(order)
 
     def _with_fusions(self, order: list[str]) -> FirstDifference | None:
@@ -230,18 +242,6 @@ def _inner_names(proto: Any) -> set[str]:
 
 def _same_node(one: Any, other: Any) -> bool:
     return one.op_type == other.op_type and list(one.input) == list(other.input)
-
-
-def _training_node(proto: Any) -> FirstDifference | None:
-    constants = {value.name: value for value in proto.graph.initializer}
-    for node in _nodes(proto.graph):
-        mode = any(a.name == "training_mode" and a.i for a in node.attribute)
-        if node.op_type == "Dropout" and len(node.input) > 2 and node.input[2]:
-            flag = constants.get(node.input[2])
-            mode = flag is None or bool(need("onnx.numpy_helper", "onnx", "looking into an ONNX file").to_array(flag))
-        if mode:
-            return FirstDifference("training", node.name, node.op_type, node.output[0])
-    return None
 
 
 def _nodes(graph: Any) -> Iterator[Any]:

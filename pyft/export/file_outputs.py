@@ -108,5 +108,5 @@ def _told(name: str, row: int, given: dict[str, NDArray[Any]], sample: int, clas
 
 
 def _short(value: Any) -> str:
-    text = str(np.asarray(value).tolist())
+    text = repr(np.asarray(value).tolist())
     return text if len(text) <= 60 else text[:57] + "..."

@@ -21,7 +21,7 @@ from pyft.export.comparison import Comparison, take_rows
 from pyft.export.comparison import relative_difference as relative_difference
 from pyft.export.file_outputs import outputs_differ, own_outputs
 from pyft.export.provider import nodes_by_provider, provider_fault
-from pyft.export.run import OnnxModel, first_line
+from pyft.export.run import CPU, OnnxModel, first_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -179,7 +179,7 @@ def check_parity(
     path = onnx_model.path if isinstance(onnx_model, OnnxModel) else Path(onnx_model)
     proof = _Proof(model_call, to_value=to_value, known=known, module=module)
     try:
-        model = onnx_model if isinstance(onnx_model, OnnxModel) else OnnxModel(onnx_model, **_asked(provider))
+        model = onnx_model if isinstance(onnx_model, OnnxModel) else OnnxModel(onnx_model, provider=provider or CPU)
     except ExportError as error:
         comparison = Comparison(problem or "classification", tolerance)
         parity = proof.result(comparison, str(error), provider or "")
@@ -191,7 +191,7 @@ def check_parity(
     if failure is None and not comparison.num_samples:
         raise DataError("no batch was given, so nothing was compared: check that the validation data is not empty")
     if failure is None:
-        failure = proof.count_nodes(model, provider)
+        failure = _training_node(model) or proof.count_nodes(model, provider)
     parity = proof.result(comparison, failure, model.provider)
     if failure is not None and module is not None and comparison.worst_call is not None:
         parity = _with_first_difference(parity, module, model, comparison)
@@ -394,10 +394,6 @@ def _end(parity: Parity, path: Path | None, report: Any, raises: bool, message: 
     return parity
 
 
-def _asked(provider: str | None) -> dict[str, str]:
-    return {} if provider is None else {"provider": provider}
-
-
 def _classes_differ(model: OnnxModel, classes: Sequence[str] | None) -> str | None:
     if classes is None or model.meta.classes == list(classes):
         return None
@@ -405,15 +401,28 @@ def _classes_differ(model: OnnxModel, classes: Sequence[str] | None) -> str | No
 
 
 def _trains(module: nn.Module | None) -> str | None:
-    """A part in train mode gives other logits than the file, if not each time."""
-    parts = [] if module is None else [(name, part) for name, part in module.named_modules() if part.training]
+    """A part that gives other values in train mode; it would also follow the statistics of the data compared."""
+    if module is None:
+        return None
+    from torch.nn.modules import batchnorm, dropout
+
+    kinds = (batchnorm._NormBase, dropout._DropoutNd)
+    parts = [(name, part) for name, part in module.named_modules() if part.training and isinstance(part, kinds)]
     if not parts:
         return None
-    name, part = next(((n, p) for n, p in parts if not list(p.children())), parts[0])
-    return (
-        f"the PyTorch model is in train mode: '{name}' ({type(part).__name__}) and {len(parts) - 1} more: call "
-        "model.eval() first"
-    )
+    name, part = parts[0]
+    more = f" and {len(parts) - 1} more" if len(parts) > 1 else ""
+    return f"the PyTorch model is in train mode: '{name}' ({type(part).__name__}){more}: call model.eval() first"
+
+
+def _training_node(model: OnnxModel) -> str | None:
+    """onnxruntime runs such a node as in evaluation, others do not."""
+    if model.path is None or not model.path.is_file():
+        return None
+    from pyft.export.bisect import training_node
+
+    found = training_node(model.path)
+    return None if found is None else str(found)
 
 
 def _take(batch: Batch, rows: NDArray[np.int64]) -> Batch:
