@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 NOISE = 1e-6
 """What rounding in float32 does to a value, relative to the largest of its tensor."""
 
+SAME = 10 * NOISE
+"""Logits that are nearer than this do not differ."""
+
 
 @dataclass(frozen=True)
 class FirstDifference:
@@ -157,9 +160,8 @@ class _Search:
         found = graph_values(self.proto, order, self.feed, self.provider)
         distances = {name: _apart(self.compared[name], found[name]) for name in order}
         final = distances.get("logits", 1.0)
-        limit = _limit(final)
-        before = 0.0
-        for name in order:
+        limit, before = _limit(final), 0.0
+        for name in order if final > SAME else ():
             if not distances[name] <= limit:
                 return self._at(name, before, distances[name])
             before = max(before, distances[name])
@@ -174,7 +176,7 @@ class _Search:
 
         final = apart(order[-1])
         limit = _limit(final)
-        if final <= limit:
+        if final <= SAME:
             return None
         low, high, before, after = -1, len(order) - 1, 0.0, final
         while high - low > 1:
@@ -193,7 +195,7 @@ class _Search:
         new graph, too, and is left out. Names that PyTorch does not have are those of the new graph.
         """
         logits = _apart(self.torch["logits"], self.fresh.get("logits", self.torch["logits"]))
-        if logits > 10 * NOISE:
+        if logits > SAME:
             # The exporter or onnxruntime itself is at fault, so its graph tells nothing.
             return {name: value for name, value in self.torch.items() if name in self.producers}
         values = {}
