@@ -19,6 +19,7 @@ from torch.utils.data import (
 )
 
 from pyft.data.folders import IMAGE_SUFFIXES
+from pyft.data.pictures import is_picture
 from pyft.data.randomness import global_generators_kept, seed_global_generators
 from pyft.data.raw import Raw, counted, listed
 from pyft.data.tables import LABEL_NAMES, TEXT_NAMES
@@ -46,11 +47,6 @@ class LazyInputs:
     def __getitem__(self, number: int) -> Any:
         x = item_pair(self.source[number])[0]
         return x if is_picture(x) else as_tensor(x)
-
-
-def is_picture(value: Any) -> bool:
-    """Whether `value` is a PIL image, without importing Pillow."""
-    return any(base.__module__ == "PIL.Image" and base.__name__ == "Image" for base in type(value).__mro__)
 
 
 def as_tensor(value: Any) -> torch.Tensor:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from pyft.data.raw import Raw, check_exists, counted, listed, nearest
 from pyft.errors import DataError
@@ -302,7 +301,7 @@ def table_samples(
                 features[name] = values
     return Raw(
         "array" if text is None else "text",
-        _feature_matrix(table, features) if text is None else _text_cells(table, text),
+        feature_matrix(Table(table.name, features, table.lines)) if text is None else _text_cells(table, text),
         labels,
         table.name,
         table.lines,
@@ -382,7 +381,13 @@ def _is_row_numbering(name: str, values: Any) -> bool:
     return numbers is not None and len(numbers) > 1 and bool((np.diff(numbers) > 0).all())
 
 
-def _feature_matrix(table: Table, features: dict[str, Any]) -> torch.Tensor:
+def feature_matrix(table: Table) -> np.ndarray:
+    """(N, columns) float32 of a table whose columns are all numbers.
+
+    Raises:
+        DataError: there is no column, a column holds text, or a cell holds no number.
+    """
+    features = table.columns
     if not features:
         raise DataError(f"{table.name}: the table has no feature column besides the label")
     words = [name for name, values in features.items() if not is_numeric(values)]
@@ -396,7 +401,7 @@ def _feature_matrix(table: Table, features: dict[str, Any]) -> torch.Tensor:
     matrix = np.empty((table.num_rows, len(features)), dtype=np.float32)
     for position, (name, values) in enumerate(features.items()):
         matrix[:, position] = _numbers(table, name, values)
-    return torch.from_numpy(matrix)
+    return matrix
 
 
 def _numbers(table: Table, name: str, values: Any) -> np.ndarray:
