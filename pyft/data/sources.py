@@ -99,7 +99,7 @@ def load_data(
     targets = make_targets(train, problem)
     notes += targets.notes
     sets: dict[str, Samples | None] = {
-        "train": Samples(train.kind, train.inputs, targets.values, train.name, train.columns),
+        "train": Samples(train.kind, train.inputs, torch.from_numpy(targets.values), train.name, train.columns),
         "val": None,
         "test": None,
     }
@@ -144,7 +144,7 @@ def _beside(raw: Raw, train: Raw, problem: Problem, classes: list[str] | None, r
             f"{raw.name}: samples have shape {tuple(raw.inputs[0].shape)}, the training samples "
             f"{tuple(train.inputs[0].shape)}"
         )
-    return Samples(raw.kind, raw.inputs, targets.values, raw.name, raw.columns)
+    return Samples(raw.kind, raw.inputs, torch.from_numpy(targets.values), raw.name, raw.columns)
 
 
 def _split(
@@ -365,7 +365,7 @@ def load_samples(
         raise DataError(f"{raw.name}: holds {raw.kind} inputs, the model takes {kind} inputs")
     if raw.labels is None and not ignored:
         raise DataError(f"{raw.name}: no labels; give (X, y), or a table with a label column")
-    targets = None if ignored else make_targets(raw, problem, classes).values
+    targets = None if ignored else torch.from_numpy(make_targets(raw, problem, classes).values)
     samples = Samples(raw.kind, raw.inputs, targets, raw.name, raw.columns)
     if raw.kind != "image":
         check_samples(samples, raw.name)

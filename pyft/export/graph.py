@@ -94,12 +94,12 @@ class Graph:
         self.outputs: list[Any] = []
         self._count = 0
 
-    def input(self, name: str, dtype: Any, shape: Sequence[int | str]) -> Value:
-        """An input of the graph; a text in `shape` names a free dimension."""
+    def input(self, name: str, dtype: Any, shape: Sequence[int | str | None]) -> Value:
+        """An input of the graph; a text in `shape` names a free dimension, None leaves one without a name."""
         self.inputs.append(_value_info(name, dtype, shape))
         return Value(self, name, dtype)
 
-    def output(self, name: str, value: Value, shape: Sequence[int | str]) -> None:
+    def output(self, name: str, value: Value, shape: Sequence[int | str | None]) -> None:
         """Give a value out under `name`."""
         self.nodes.append(_helper().make_node("Identity", [value.name], [name], name=f"{self.name}/{name}"))
         self.outputs.append(_value_info(name, value.dtype, shape))
@@ -127,12 +127,20 @@ class Graph:
         values = [None if operand is None else self._operand(operand, near) for operand in operands]
         dtypes = outputs or [dtype or RESULT_TYPES.get(op_type) or near]
         names = [self._fresh(op_type) for _ in dtypes]
-        node = _helper().make_node(
-            op_type, [value.name if value else "" for value in values], names, name=names[0], domain=domain, **attributes
-        )
+        given = [value.name if value else "" for value in values]
+        node = _helper().make_node(op_type, given, names, name=names[0], domain=domain, **attributes)
         self.nodes.append(node)
         results = tuple(Value(self, name, kind) for name, kind in zip(names, dtypes, strict=True))
         return results if outputs else results[0]
+
+    def choose(self, condition: Value, then: Graph, otherwise: Graph) -> Value:
+        """`If`: the one output of one of two graphs, which may name values of this one."""
+        proto = [
+            _helper().make_graph(branch.nodes, branch.name, [], branch.outputs, branch.initializers)
+            for branch in (then, otherwise)
+        ]
+        dtype = _numpy_type(then.outputs[0].type.tensor_type.elem_type)
+        return self.node("If", condition, then_branch=proto[0], else_branch=proto[1], dtype=dtype)
 
     def __getattr__(self, op_type: str) -> Callable[..., Any]:
         if not op_type[:1].isupper():
@@ -144,7 +152,7 @@ class Graph:
             return operand
         if isinstance(operand, list):
             return self.constant(operand, np.int64)
-        return self.constant(operand, None if isinstance(operand, np.ndarray | str) else near)
+        return self.constant(operand, None if isinstance(operand, np.ndarray | np.generic | str) else near)
 
     def _fresh(self, what: str) -> str:
         self._count += 1
@@ -249,6 +257,9 @@ def _onnx_type(dtype: Any) -> int:
     return int(_helper().np_dtype_to_tensor_dtype(kind))
 
 
-def _value_info(name: str, dtype: Any, shape: Sequence[int | str]) -> Any:
-    return _helper().make_tensor_value_info(name, _onnx_type(dtype), list(shape))
+def _numpy_type(number: int) -> Any:
+    return _helper().tensor_dtype_to_np_dtype(number)
 
+
+def _value_info(name: str, dtype: Any, shape: Sequence[int | str | None]) -> Any:
+    return _helper().make_tensor_value_info(name, _onnx_type(dtype), list(shape))

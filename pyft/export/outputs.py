@@ -10,9 +10,6 @@ import numpy as np
 from pyft.errors import ConfigError
 from pyft.export.graph import Graph, Value
 
-THRESHOLD = 0.5
-"""Probability above which a label of a multilabel model holds."""
-
 
 def outputs_of(
     problem: str,
@@ -24,7 +21,7 @@ def outputs_of(
 
     Args:
         problem: "classification": `scores` (softmax), `label_index` and, with classes, `label`. "multilabel": `scores`
-            (sigmoid) and `label_index` (0 or 1 per class). "regression": `value` (B,) or (B, K).
+            (sigmoid) and `label_index` (1 where the score is above one half). "regression": `value` (B,) or (B, K).
         shape: of the logits, "batch" first.
         classes: names in the order of the last dimension.
         target: for regression "mean" and "std", each a number or one per output: the value is logits * std + mean.
@@ -39,15 +36,14 @@ def outputs_of(
     if problem == "regression":
         _values(graph, logits, list(shape), target)
         return graph
-    if len(shape) < 2 or shape[-1] == 1 and problem == "classification":
+    if len(shape) < 2 or (shape[-1] == 1 and problem == "classification"):
         raise ConfigError(
             f"task={problem!r}: expected logits (B, C) with a column per class, got {tuple(shape)}; a model with one "
             "output per sample is for task='regression'"
         )
     if problem == "multilabel":
-        # In logits, as a sigmoid that rounds to one half would hide the sign.
         graph.output("scores", graph.Sigmoid(logits), shape)
-        graph.output("label_index", graph.Greater(logits, float(np.log(THRESHOLD / (1 - THRESHOLD)))).to(np.int64), shape)
+        graph.output("label_index", graph.Greater(logits, 0.0).to(np.int64), shape)
         return graph
     graph.output("scores", graph.Softmax(logits, axis=-1), shape)
     index = graph.ArgMax(logits, axis=-1, keepdims=0)
