@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Kind = Literal["text", "image", "array"]
 Problem = Literal["classification", "multilabel", "regression"]
@@ -37,6 +38,8 @@ class Samples:
 
     def subset(self, index: Sequence[int] | torch.Tensor) -> Samples:
         """The samples of the given numbers, in that order."""
+        import torch
+
         numbers = torch.as_tensor(index, dtype=torch.int64)
         if isinstance(self.inputs, torch.Tensor):
             inputs: Any = self.inputs[numbers]
@@ -84,6 +87,3 @@ class Batch:
     inputs: torch.Tensor | dict[str, torch.Tensor]
     targets: torch.Tensor | None
     index: torch.Tensor
-
-
-ImageTransform = Callable[[Any], torch.Tensor]

@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "data": {"core"},
     "evaluation": {"core"},
     "export": {"core"},
+    "onnx_runtime": {"core", "data", "evaluation", "export"},
     "training": {"core", "ops", "optim", "freezing"},
 }
 CLI = {"cli", "cli_arguments", "__main__"}

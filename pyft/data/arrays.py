@@ -20,6 +20,7 @@ from torch.utils.data import (
 
 from pyft.data.features import feature_samples
 from pyft.data.folders import IMAGE_SUFFIXES
+from pyft.data.pictures import is_picture
 from pyft.data.randomness import global_generators_kept, seed_global_generators
 from pyft.data.raw import Raw, counted, listed
 from pyft.data.table_rows import TableForm
@@ -48,11 +49,6 @@ class LazyInputs:
     def __getitem__(self, number: int) -> Any:
         x = item_pair(self.source[number])[0]
         return x if is_picture(x) else as_tensor(x)
-
-
-def is_picture(value: Any) -> bool:
-    """Whether `value` is a PIL image, without importing Pillow."""
-    return any(base.__module__ == "PIL.Image" and base.__name__ == "Image" for base in type(value).__mro__)
 
 
 def as_tensor(value: Any) -> torch.Tensor:
@@ -100,7 +96,8 @@ def pair_samples(
     # A frame of whole numbers only holds token or category numbers, as an array of them does.
     if is_frame(x) and kind in (None, "array") and not _all_whole(x):
         table = feature_samples(frame_table(x, name), columns)
-        found, inputs, notes, names = table.kind, with_tensors(table).inputs, table.notes, table.columns
+        found, inputs, notes, names = table.kind, table.inputs, table.notes, table.columns
+        inputs = as_tensor(inputs) if isinstance(inputs, np.ndarray) else inputs
     else:
         found, inputs = _inputs(x, kind, name, notes)
     if not len(inputs):
@@ -118,13 +115,6 @@ def pair_samples(
             f"leave task='auto', or give {kind} inputs"
         )
     return Raw(found, inputs, y, name, notes=notes, columns=names)
-
-
-def with_tensors(raw: Raw) -> Raw:
-    """Numbers, which the readers of tables give as arrays, as a Tensor."""
-    if isinstance(raw.inputs, np.ndarray):
-        raw.inputs = torch.from_numpy(np.ascontiguousarray(raw.inputs))
-    return raw
 
 
 def _all_whole(frame: Any) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from pyft.data.cells import column_numbers, column_words, is_float, is_numeric, loses_digits
 from pyft.data.raw import Raw, counted, listed, nearest
+from pyft.data.table_preprocess import TablePreprocess
 from pyft.data.table_rows import TableForm, TableRows, named_columns
 from pyft.data.tables import LABEL_NAMES, TEXT_NAMES, Table, find_columns
 from pyft.errors import DataError
@@ -69,6 +70,18 @@ def feature_samples(table: Table, columns: Sequence[str] | TableForm | None) -> 
     features = _features(table, None, form, notes, True)
     inputs = _feature_inputs(table, features, form, notes)
     return Raw("array", inputs, None, table.name, table.lines, notes=notes, columns=tuple(features))
+
+
+def feature_matrix(table: Table, spec: Mapping[str, Any] | None = None) -> np.ndarray:
+    """(N, F) float32 of a table of features: its numbers as they are, or what the `spec` of a TablePreprocess makes.
+
+    Raises:
+        DataError: there is no column, or a cell does not hold what its column should.
+    """
+    if spec is None or spec.get("kind") != "table":
+        return _feature_inputs(table, table.columns, TableForm(tuple(table.columns), raw=False), [])
+    preprocess = TablePreprocess.from_spec(spec)
+    return preprocess.matrix(feature_samples(table, preprocess.form()).inputs)
 
 
 def _features(

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from pyft.data.arrays import dataset_samples, is_frame, loader_dataset, pair_samples
@@ -101,7 +103,7 @@ def load_data(
     targets = make_targets(train, problem)
     notes += targets.notes
     sets: dict[str, Samples | None] = {
-        "train": Samples(train.kind, train.inputs, targets.values, train.name, train.columns),
+        "train": Samples(train.kind, train.inputs, torch.from_numpy(targets.values), train.name, train.columns),
         "val": None,
         "test": None,
     }
@@ -150,7 +152,7 @@ def _beside(raw: Raw, train: Raw, problem: Problem, classes: list[str] | None, r
             f"{raw.name}: samples have shape {tuple(raw.inputs[0].shape)}, the training samples "
             f"{tuple(train.inputs[0].shape)}"
         )
-    return Samples(raw.kind, raw.inputs, targets.values, raw.name, raw.columns)
+    return Samples(raw.kind, raw.inputs, torch.from_numpy(targets.values), raw.name, raw.columns)
 
 
 def _split(
@@ -295,10 +297,10 @@ def _read(
         return Raw("array", source.select(names, "the rows"), None, "the rows", columns=tuple(names))
     if isinstance(source, Mapping):
         source = mapping_table(source, "the dict")
-        return table_samples(source, kind, text_column, label_column, labels_required, columns)
+        return _with_tensors(table_samples(source, kind, text_column, label_column, labels_required, columns))
     if is_frame(source):
         table = frame_table(source, "DataFrame")
-        return table_samples(table, kind, text_column, label_column, labels_required, columns)
+        return _with_tensors(table_samples(table, kind, text_column, label_column, labels_required, columns))
     two_arrays = (
         labels_required
         and isinstance(source, list)
@@ -313,6 +315,13 @@ def _read(
             )
         return pair_samples(source[0], source[1], kind, columns=columns)
     return _sequence_samples(source, kind, labels_required)
+
+
+def _with_tensors(raw: Raw) -> Raw:
+    """Numbers, which the readers give as arrays, as a Tensor."""
+    if isinstance(raw.inputs, np.ndarray):
+        raw.inputs = torch.from_numpy(raw.inputs)
+    return raw
 
 
 def _sequence_samples(source: Any, kind: Kind | None, labels_required: bool) -> Raw:
@@ -353,7 +362,7 @@ def _path_samples(
             )
         return folder_samples(path, labels_required=labels_required)
     if path.suffix.lower() in TABLE_SUFFIXES:
-        return table_samples(read_table(path), kind, text_column, label_column, labels_required, columns)
+        return _with_tensors(table_samples(read_table(path), kind, text_column, label_column, labels_required, columns))
     if path.suffix.lower() in IMAGE_SUFFIXES and not labels_required:
         return Raw("image", [path], None, path.name)
     raise DataError(
@@ -403,7 +412,7 @@ def load_samples(
         raise DataError(f"{raw.name}: holds {raw.kind} inputs, the model takes {kind} inputs")
     if raw.labels is None and not ignored:
         raise DataError(f"{raw.name}: no labels; give (X, y), or a table with a label column")
-    targets = None if ignored else make_targets(raw, problem, classes).values
+    targets = None if ignored else torch.from_numpy(make_targets(raw, problem, classes).values)
     samples = Samples(raw.kind, raw.inputs, targets, raw.name, raw.columns)
     if raw.kind != "image":
         check_samples(samples, raw.name)

@@ -1,0 +1,1 @@
+"""Running and judging an exported file with NumPy and onnxruntime alone; torch is never imported."""
