@@ -146,7 +146,10 @@ def _opened(path: str | Path, provider: str | None) -> OnnxModel | str | Path:
 
 def raw_inputs(samples: Samples) -> Any:
     """The samples in the form that `feeds` takes: columns by name where they are of a table."""
-    if samples.kind == "array" and samples.columns is not None and not isinstance(samples.inputs, dict):
+    columns = getattr(samples.inputs, "columns", None)
+    if isinstance(columns, dict):
+        return columns
+    if samples.kind == "array" and samples.columns is not None:
         matrix = to_numpy(samples.inputs)
         return {name: matrix[:, place] for place, name in enumerate(samples.columns)}
     return samples.inputs
