@@ -117,7 +117,7 @@ class _Search:
         held: list[tuple[Any, Candidate]] = []
         for name, lower, kinds in self._ways(precision):
             reached = self._reached(kinds)
-            if reached < WORTH:
+            if precision == "int8" and reached < WORTH:
                 self._note(name, f"not tried: reaches {reached:.0%} of the weights")
                 continue
             try:
@@ -157,7 +157,8 @@ class _Search:
                 return proto, candidate
             if groups is None:
                 groups = ranked_groups(self.proto, lower, self._moved, MAX_TRIALS)
-            if not groups:
+            if not groups or len(excluded) + len(groups[0]) == len(weights_of(self.proto)):
+                # Nothing would be left in fewer bits.
                 return None
             excluded += groups.pop(0)
         return None
@@ -172,7 +173,7 @@ class _Search:
         holds = bool(drop <= self.max_drop)
         times = latencies(self.base, model, self.feeds) if holds else ()
         slower = [f"{t.ratio:.2f}x for {t.samples}" for t in times if t.ratio > 1]
-        full = f"{name}, {len(excluded)} nodes in fp32" if excluded else name
+        full = f"{name}, {len(excluded)} node{'s' * (len(excluded) > 1)} in fp32" if excluded else name
         return Candidate(
             full, proto.ByteSize(), proto.ByteSize() / base.num_bytes, value, drop, holds, times, tuple(excluded),
             f"slower than fp32: {', '.join(slower)}" if slower else "",

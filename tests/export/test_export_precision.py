@@ -105,8 +105,11 @@ def kinds(content):
 def test_int8_of_words_takes_the_table_of_words_too(words):
     content, table = lower(words, "int8")
     path, feeds = words
-    assert table.chosen == "int8 dynamic"
-    assert table.candidates[0].name == "fp32"
+    # On so small a model either may be the faster.
+    assert table.chosen in ("int8 dynamic", "int8 static")
+    assert [row.name for row in table.candidates][:2] == ["fp32", "int8 dynamic"]
+    assert table.candidates[1].holds
+    assert table.candidates[1].size_ratio < 0.3
     assert len(content) < 0.3 * path.stat().st_size
     before, after = OnnxModel(path), OnnxModel(content)
     for feed in feeds:
@@ -114,7 +117,7 @@ def test_int8_of_words_takes_the_table_of_words_too(words):
     assert after.meta.classes == CLASSES
     assert after.meta.extra["pyft.precision"] == "int8"
     written = json.loads(after.meta.extra["pyft.precision_table"])
-    assert written["chosen"] == "int8 dynamic"
+    assert written["chosen"] == table.chosen
     given = after.run(feeds[0])
     assert given["label"].tolist() == [CLASSES[i] for i in given["logits"].argmax(1)]
     onnx.checker.check_model(onnx.load_from_string(content), full_check=True)
