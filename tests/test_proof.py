@@ -27,7 +27,7 @@ from pyft.export.onnx import export_onnx  # noqa: E402
 from pyft.export.outputs import outputs_of  # noqa: E402
 from pyft.export.parity import Known  # noqa: E402
 from pyft.models.call import call_model  # noqa: E402
-from pyft.proof import KeptLogits, in_precision, prove, raw_inputs  # noqa: E402
+from pyft.proof import KeptLogits, in_precision, lower, prove, raw_inputs  # noqa: E402
 from pyft.samples import Batch, Samples  # noqa: E402
 
 CLASSES = ["good", "bad", "plain"]
@@ -235,17 +235,52 @@ def test_run_is_proven_on_every_validation_sample(tmp_path):
     assert written["metrics"]["onnx"] == pytest.approx(written["metrics"]["torch"], abs=1e-6)
 
 
-def test_int8_on_samples(bag, texts, text_file):
+@pytest.fixture(scope="module")
+def right(bag, texts):
+    """With the targets that the float32 file predicts."""
     samples, preprocess = texts
     logits = logits_of(bag, samples, preprocess)
-    # Targets that the float32 file gets right.
-    right = Samples("text", samples.inputs, torch.from_numpy(logits.argmax(1)), "texts")
-    content, table = in_precision(
-        text_file, "fp16", right, preprocess, problem="classification", classes=CLASSES, max_drop=0.1
+    return Samples("text", samples.inputs, torch.from_numpy(logits.argmax(1)), "texts")
+
+
+def test_lower_precision_takes_the_place_of_float32(bag, texts, text_file, right, tmp_path):
+    path, report = _copy(text_file, tmp_path), tmp_path / "parity.json"
+    parity = lower(
+        path, "fp16", bag, right, texts[1], problem="classification", classes=CLASSES, max_drop=0.1, report=report
     )
-    assert table.candidates[0].metric == 1
-    assert table.metric_name == "accuracy"
-    assert len(content) > 0
+    assert parity.passed
+    assert parity.max_abs > 1e-5
+    written = json.loads(report.read_text())
+    assert written["precision"]["chosen"] == "fp16"
+    assert [row["name"] for row in written["precision"]["candidates"]] == ["fp32", "fp16"]
+    assert written["precision"]["candidates"][0]["metric"] == 1
+    half = [v for v in onnx.load(path).graph.initializer if v.data_type == onnx.TensorProto.FLOAT16]
+    assert {value.name for value in half} >= {"table.weight", "head.weight"}
+
+
+def test_refusal_leaves_the_float32_file(bag, texts, text_file, right, tmp_path):
+    path, report = _copy(text_file, tmp_path), tmp_path / "parity.json"
+    options = {"problem": "classification", "classes": CLASSES, "report": report}
+    prove(path, bag, right, texts[1], **options)
+    # The weights of this model are too small to be worth it.
+    with pytest.raises(ExportError, match=r"no file keeps accuracy within max_drop=0.01"):
+        lower(path, "int8", bag, right, texts[1], **options)
+    assert path.read_bytes() == text_file.read_bytes()
+    written = json.loads(report.read_text())
+    assert written["passed"] is True
+    assert [row["name"] for row in written["precision"]["candidates"]] == ["fp32", "int8 dynamic", "int8 static"]
+    assert written["precision"]["candidates"][1]["metric"] is None
+
+
+def test_labels_of_a_lower_precision_are_proven(bag, texts, text_file, right, tmp_path):
+    path = _copy(text_file, tmp_path)
+    _, table = in_precision(path, "fp16", right, texts[1], problem="classification", classes=CLASSES, max_drop=0.1)
+    proto = onnx.load(path)
+    names = next(value for value in proto.graph.initializer if value.data_type == onnx.TensorProto.STRING)
+    names.string_data[:] = [names.string_data[i] for i in (2, 1, 0)]
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(ExportError, match="labels are permuted"):
+        prove(path, bag, right, texts[1], problem="classification", classes=CLASSES, precision=table)
 
 
 def kept_after(batches, num_samples, width=3):

@@ -11,6 +11,7 @@ import numpy as np
 
 from pyft.errors import ConfigError, DataError, ExportError, need
 from pyft.export.comparison import take_rows
+from pyft.export.parity import finite
 from pyft.export.precision_table import Candidate, PrecisionTable, latencies
 from pyft.export.quantize import named_nodes, to_fp16, to_int8_dynamic, to_int8_static, weights_of
 from pyft.export.run import CPU, OnnxModel, first_line
@@ -196,17 +197,9 @@ def _with_entries(proto: Any, base: Any, precision: str, table: PrecisionTable) 
     """The file's own metadata, which a quantiser may drop, and what was done to it."""
     entries = {entry.key: entry.value for entry in base.metadata_props}
     entries["pyft.precision"] = precision
-    entries["pyft.precision_table"] = json.dumps(_finite(table.to_dict()), ensure_ascii=False, allow_nan=False)
+    entries["pyft.precision_table"] = json.dumps(finite(table.to_dict()), ensure_ascii=False, allow_nan=False)
     del proto.metadata_props[:]
     for key, value in sorted(entries.items()):
         proto.metadata_props.add(key=key, value=value)
     content: bytes = proto.SerializeToString(deterministic=True)
     return content
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
