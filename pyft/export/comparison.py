@@ -167,6 +167,10 @@ class Comparison:
             return f"the relative difference is {self.max_rel():.1e}, above {self.tolerance:.0e}; {self._worst_line()}"
         return self._metrics_differ()
 
+    def differs(self) -> bool:
+        """Whether logits are beyond the tolerance, or not finite: there is a place in the graph where that begins."""
+        return math.isnan(self.max_abs) or self.failure() is not None
+
     def max_rel(self) -> float:
         """The largest relative difference, small batches measured by the largest logit of all."""
         return max(self._rel, relative(self._small_abs, self._scale))
@@ -242,7 +246,7 @@ class Comparison:
             if self.problem == "regression" or name == "loss":
                 allowed = METRIC_TOLERANCE * max(abs(value), 1.0 if name == "r2" else 0.0) + 2 * self.max_abs
             if not abs(value - other) <= allowed:
-                return f"the metric {name} is {value:.6g} with PyTorch and {other:.6g} with ONNX"
+                return f"the metric {name} is {value:.9g} with PyTorch and {other:.9g} with ONNX"
         return None
 
     def _worst_line(self) -> str:

@@ -200,7 +200,7 @@ def check_parity(
     parity = proof.result(comparison, failure, model.provider)
     if precision is not None:
         parity = dataclasses.replace(parity, precision=dict(precision))
-    if failure is not None and module is not None and comparison.worst_call is not None:
+    if failure is not None and module is not None and comparison.differs():
         parity = _with_first_difference(parity, module, model, comparison)
     message = f"the ONNX file does not behave like the PyTorch model: {parity.failure}"
     return _end(parity, model.path, report, raises, message)
@@ -377,8 +377,7 @@ class _Proof:
 def _with_first_difference(parity: Parity, module: nn.Module, model: OnnxModel, comparison: Comparison) -> Parity:
     from pyft.export.bisect import first_difference
 
-    assert comparison.worst_call is not None
-    inputs, feed, row = comparison.worst_call
+    inputs, feed, row = comparison.worst_call or (None, None, 0)
     if inputs is None or model.path is None:
         return parity
     found = first_difference(module, model.path, inputs, feed, row)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pyft.errors import ConfigError, DataError, ExportError, need
+from pyft.export.bisect import MAX_BYTES
 from pyft.export.comparison import take_rows
 from pyft.export.parity import finite
 from pyft.export.precision_table import Candidate, PrecisionTable, latencies
@@ -101,6 +102,11 @@ class _Search:
     ) -> None:
         onnx = need("onnx", "onnx", "lowering the precision of an ONNX file")
         self.proto = named_nodes(onnx.load(os.fspath(path)))
+        if self.proto.ByteSize() > MAX_BYTES:
+            raise ExportError(
+                f"{path} holds {self.proto.ByteSize() / 2**30:.2f} GiB, and only files below "
+                f"{MAX_BYTES / 2**30:.2f} GiB can be made smaller: export in fp32"
+            )
         self.calibration = list(calibration)
         self.measure = metric
         self.higher_is_better = higher_is_better

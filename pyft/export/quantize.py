@@ -101,9 +101,28 @@ def to_fp16(proto: Any, excluded: Collection[str]) -> Any:
     converter = need("onnxruntime.transformers.float16", "onnx", "precision='fp16'")
     copy = _copy(proto)
     with _quiet():
-        return converter.convert_float_to_float16(
+        made = converter.convert_float_to_float16(
             copy, keep_io_types=True, node_block_list=sorted({*excluded, *outer_nodes(proto)})
         )
+    _without_detours(made.graph)
+    return made
+
+
+def _without_detours(graph: Any) -> None:
+    """Between two nodes that both stay in float32 the converter goes through fp16; there and back loses digits."""
+    onnx = need("onnx", "onnx", "lowering the precision of an ONNX file")
+    half = {
+        node.output[0]: node.input[0]
+        for node in graph.node
+        if node.op_type == "Cast" and node.attribute[0].i == onnx.TensorProto.FLOAT16
+    }
+    for node in graph.node:
+        if node.op_type == "Cast" and node.attribute[0].i == onnx.TensorProto.FLOAT and node.input[0] in half:
+            node.input[0] = half[node.input[0]]
+    used = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    rest = [node for node in graph.node if node.op_type != "Cast" or node.output[0] in used]
+    del graph.node[:]
+    graph.node.extend(rest)
 
 
 def to_int8_dynamic(proto: Any, excluded: Collection[str]) -> Any:

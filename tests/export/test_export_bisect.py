@@ -118,10 +118,19 @@ def test_value_that_pytorch_does_not_have(tmp_path):
         made = onnx.helper.make_node("Exp", ["before"], [matmul.output[0]], name="power")
         insert_behind(proto, matmul.output[0], [made])
 
-    # The node behind it is the first whose value PyTorch has, and whose inputs are the same.
+    # The value of the new graph is not used, as another operator makes it; the sum behind it is PyTorch's.
     found = find(steps, path, x, tmp_path, change, row=None)
+    assert (found.op_type, found.output, found.module) == ("Add", "logits", "2")
     assert found.before < 1e-5
-    assert (found.node, found.output) == ("power", matmul.output[0]) or found.module == "2"
+
+    def scale(proto):
+        weight = next(value for value in proto.graph.initializer if value.name == matmul.input[1])
+        weight.CopyFrom(onnx.numpy_helper.from_array(2 * onnx.numpy_helper.to_array(weight), weight.name))
+
+    # The same operator and inputs: this value can be held against that of the new graph.
+    found = find(steps, path, x, tmp_path, scale, row=None)
+    assert (found.op_type, found.output, found.module) == ("MatMul", matmul.output[0], "2")
+    assert found.before < 1e-5
 
 
 def test_fault_of_a_batch_only(model, good, x, tmp_path):

@@ -13,7 +13,7 @@ pytest.importorskip("onnxscript", reason="pip install 'pyft[onnx]'")
 pytest.importorskip("onnxruntime", reason="pip install 'pyft[onnx]'")
 onnx = pytest.importorskip("onnx", reason="pip install 'pyft[onnx]'")
 
-from proof_models import front, tokenizer_json  # noqa: E402
+from proof_models import front, preprocess, tokenizer_json  # noqa: E402
 
 from pyft.errors import ConfigError, DataError, ExportError  # noqa: E402
 from pyft.export.graph import put_before, put_behind  # noqa: E402
@@ -168,6 +168,19 @@ def test_fp16(words):
     model = OnnxModel(content)
     assert {value.name: str(value.dtype) for value in model.inputs} == {"input_ids": "int64"}
     assert model(words[1][0]).dtype == np.float32
+
+
+def test_fp16_keeps_every_digit_around_the_model(words, filters):
+    content, _ = lower(words, "fp16")
+    given = OnnxModel(content).run(words[1][0])
+    np.testing.assert_allclose(given["scores"], torch.from_numpy(given["logits"]).softmax(1).numpy(), atol=1e-6)
+    # In front of the model: pixels over a deviation, which fp16 would round to 3 digits.
+    proto = onnx.load_from_string(lower(filters, "fp16")[0])
+    into = next(node for node in proto.graph.node if node.name == "image/input").output[0]
+    proto.graph.output.append(onnx.ValueInfoProto(name=into))
+    raw = filters[1][0]["image"]
+    found = OnnxModel(proto.SerializeToString()).run({"image": raw}, [into])[into]
+    np.testing.assert_array_equal(found, preprocess(raw).numpy())
 
 
 def test_table_is_measured(words):
