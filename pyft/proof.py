@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from pyft.core.files import write_atomic, write_json
@@ -210,40 +211,30 @@ def raw_inputs(samples: Samples) -> Any:
 class KeptLogits:
     """Keeps the logits of an evaluation for the proof, where they are few enough.
 
-    Give the evaluation `kept.call(call)` and `kept.batches(batches)`.
+    Give the evaluation `kept.batches(batches)`, and what it computes for each to `kept.put(logits)`.
 
     Args:
-        num_samples: N.
+        num_samples: N; 0: nothing is kept.
     """
 
     def __init__(self, num_samples: int) -> None:
         self.num_samples = num_samples
-        self._logits: Any = None
-        self._targets: Any = None
-        self._index: Any = None
+        self._logits: NDArray[Any] | None = None
+        self._targets: NDArray[Any] | None = None
+        self._batch: Batch | None = None
         self._seen = 0
 
     def batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The same batches."""
         for batch in batches:
-            index = to_numpy(batch.index)
-            if batch.targets is not None:
-                targets = to_numpy(batch.targets)
-                if self._targets is None:
-                    self._targets = np.zeros((self.num_samples, *targets.shape[1:]), targets.dtype)
-                self._targets[index] = targets
-            self._index = index
+            self._batch = batch
             yield batch
 
-    def call(self, call: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """The same function."""
-
-        def kept(inputs: Any) -> Any:
-            logits = call(inputs)
+    def put(self, logits: Any) -> Any:
+        """The logits of the batch that came last, which are given back."""
+        if self.num_samples:
             self._keep(to_numpy(logits))
-            return logits
-
-        return kept
+        return logits
 
     def known(self) -> Known | None:
         """All logits; None where some are missing."""
@@ -251,11 +242,17 @@ class KeptLogits:
             return None
         return Known(self._logits, self._targets)
 
-    def _keep(self, logits: Any) -> None:
+    def _keep(self, logits: NDArray[Any]) -> None:
         # Outputs for each token have another length in each batch.
         if logits.ndim > 2 or logits.nbytes / max(len(logits), 1) * self.num_samples > KEPT_BYTES:
             return
+        assert self._batch is not None
+        index, targets = to_numpy(self._batch.index), self._batch.targets
         if self._logits is None:
             self._logits = np.zeros((self.num_samples, *logits.shape[1:]), logits.dtype)
-        self._logits[self._index] = logits
-        self._seen += len(self._index)
+        self._logits[index] = logits
+        if targets is not None:
+            if self._targets is None:
+                self._targets = np.zeros((self.num_samples, *targets.shape[1:]), to_numpy(targets).dtype)
+            self._targets[index] = to_numpy(targets)
+        self._seen += len(index)
