@@ -19,7 +19,7 @@ class Samples:
 
     Attributes:
         kind: what `inputs` holds: "text" (list of str), "image" (list of Path or PIL image),
-            "array" (Tensor of shape (N, ...), or an indexable Dataset giving Tensors).
+            "array" (Tensor of shape (N, ...), `TableRows`, or an indexable Dataset giving Tensors).
         inputs: N raw samples, indexable by int.
         targets: (N,) int64 class index; (N,) or (N, K) float32 for regression; (N, C) float32 of 0 and 1
             for multilabel; None where there are no labels (prediction).
@@ -45,6 +45,8 @@ class Samples:
             inputs: Any = self.inputs[numbers]
         elif isinstance(self.inputs, list):
             inputs = [self.inputs[i] for i in numbers.tolist()]
+        elif hasattr(self.inputs, "take"):
+            inputs = self.inputs.take(numbers.numpy())
         else:
             inputs = torch.utils.data.Subset(self.inputs, numbers.tolist())  # type: ignore[arg-type]
         return replace(self, inputs=inputs, targets=None if self.targets is None else self.targets[numbers])

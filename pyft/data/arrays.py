@@ -18,11 +18,13 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from pyft.data.features import feature_samples
 from pyft.data.folders import IMAGE_SUFFIXES
 from pyft.data.pictures import is_picture
 from pyft.data.randomness import global_generators_kept, seed_global_generators
 from pyft.data.raw import Raw, counted, listed
-from pyft.data.tables import LABEL_NAMES, TEXT_NAMES
+from pyft.data.table_rows import TableForm
+from pyft.data.tables import LABEL_NAMES, TEXT_NAMES, frame_table
 from pyft.errors import DataError
 from pyft.samples import Kind
 
@@ -76,14 +78,28 @@ def _from_numpy(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(ordinary if ordinary.flags.writeable else ordinary.copy())
 
 
-def pair_samples(x: Any, y: Any, kind: Kind | None, name: str = "X") -> Raw:
-    """Inputs `x` with labels `y` (None: no labels).
+def is_frame(value: Any) -> bool:
+    """Whether `value` is a DataFrame of pandas, polars or another library."""
+    return hasattr(value, "columns") and (hasattr(value, "to_numpy") or hasattr(value, "__dataframe__"))
+
+
+def pair_samples(
+    x: Any, y: Any, kind: Kind | None, name: str = "X", columns: Sequence[str] | TableForm | None = None
+) -> Raw:
+    """Inputs `x` with labels `y` (None: no labels); a DataFrame `x` gives features by name, `columns` where known.
 
     Raises:
         DataError: `x` is empty, an object array, of rows of different shapes, not numbers, or as long as `y` is not.
     """
     notes: list[str] = []
-    found, inputs = _inputs(x, kind, name, notes)
+    names = None
+    # A frame of whole numbers only holds token or category numbers, as an array of them does.
+    if is_frame(x) and kind in (None, "array") and not _all_whole(x):
+        table = feature_samples(frame_table(x, name), columns)
+        found, inputs, notes, names = table.kind, table.inputs, table.notes, table.columns
+        inputs = as_tensor(inputs) if isinstance(inputs, np.ndarray) else inputs
+    else:
+        found, inputs = _inputs(x, kind, name, notes)
     if not len(inputs):
         raise DataError(f"{name}: there is no sample in it")
     if y is not None and (not hasattr(y, "__len__") or getattr(y, "ndim", 1) == 0):
@@ -98,7 +114,11 @@ def pair_samples(x: Any, y: Any, kind: Kind | None, name: str = "X") -> Raw:
             f"{name}: the task asks for {kind} inputs, but {name} holds {_described(found)}; "
             f"leave task='auto', or give {kind} inputs"
         )
-    return Raw(found, inputs, y, name, notes=notes)
+    return Raw(found, inputs, y, name, notes=notes, columns=names)
+
+
+def _all_whole(frame: Any) -> bool:
+    return all(getattr(getattr(frame[name], "dtype", None), "kind", "") in "iu" for name in frame.columns)
 
 
 def _described(kind: Kind) -> str:

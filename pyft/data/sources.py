@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from pyft.data.arrays import dataset_samples, loader_dataset, pair_samples
+from pyft.data.arrays import dataset_samples, is_frame, loader_dataset, pair_samples
 from pyft.data.checks import check_classes, check_samples
+from pyft.data.features import table_samples
 from pyft.data.fingerprint import fingerprint
 from pyft.data.folders import IMAGE_SUFFIXES, folder_samples, holds_images, sub_folders
 from pyft.data.raw import Raw, check_exists, listed, nearest
 from pyft.data.splits import split_samples
-from pyft.data.tables import TABLE_SUFFIXES, frame_table, read_table, table_samples
+from pyft.data.table_rows import TableForm, TableRows
+from pyft.data.tables import TABLE_SUFFIXES, frame_table, mapping_table, read_table
 from pyft.data.targets import make_targets
 from pyft.errors import ConfigError, DataError
 from pyft.samples import Data, Kind, Problem, Samples
@@ -71,6 +73,7 @@ def load_data(
     seed: int = 0,
     text_column: str | None = None,
     label_column: str | None = None,
+    form: TableForm | None = None,
 ) -> Data:
     """Read `data`, fix the meaning of the labels by the training part, and cut off validation where there is none.
 
@@ -85,13 +88,14 @@ def load_data(
         seed: of that split.
         text_column: name of the text column of a table; default: found by name.
         label_column: name of the label column of a table; default: found by name.
+        form: what is known of a table before it is read; see `TableForm`.
 
     Raises:
         DataError: the data cannot be used; the message says what, where, and the mend.
         ConfigError: `task` is not known.
     """
     kind, problem = parse_task(task)
-    parts, notes = read_parts(data, kind, text_column, label_column)
+    parts, notes = read_parts(data, kind, text_column, label_column, form)
     train = parts["train"]
     notes += train.notes
     if train.labels is None:
@@ -139,7 +143,11 @@ def _beside(raw: Raw, train: Raw, problem: Problem, classes: list[str] | None, r
             f"{raw.name}: y has rows of shape {tuple(targets.values.shape[1:])}, the training data "
             f"{tuple(reference.targets.shape[1:])}"
         )
-    if train.kind == "array" and raw.inputs[0].shape != train.inputs[0].shape:
+    if (
+        train.kind == "array"
+        and not isinstance(train.inputs, TableRows)
+        and raw.inputs[0].shape != train.inputs[0].shape
+    ):
         raise DataError(
             f"{raw.name}: samples have shape {tuple(raw.inputs[0].shape)}, the training samples "
             f"{tuple(train.inputs[0].shape)}"
@@ -164,7 +172,7 @@ def _split(
 
 
 def read_parts(
-    data: Any, kind: Kind | None, text_column: str | None, label_column: str | None
+    data: Any, kind: Kind | None, text_column: str | None, label_column: str | None, form: TableForm | None = None
 ) -> tuple[dict[str, Raw], list[str]]:
     """The sets that `data` brings, "train" always among them, before labels are read; and notes."""
     notes: list[str] = []
@@ -178,13 +186,25 @@ def read_parts(
     for role in ("train", "val", "test"):
         if role not in sources:
             continue
-        columns = parts["train"].columns if role != "train" else None
-        raw = read_source(sources[role], kind, text_column, label_column, labels_required=True, columns=columns)
+        known = form if role == "train" else _form_of(parts["train"])
+        raw = read_source(sources[role], kind, text_column, label_column, labels_required=True, columns=known)
         if len(sources) > 1 and raw.name in ("X", "data"):
             raw.name = f"{role} {raw.name}"
         parts[role] = raw
         kind = kind or raw.kind
+    if any(isinstance(raw.inputs, TableRows) for raw in parts.values()):
+        for raw in parts.values():
+            if not isinstance(raw.inputs, TableRows):
+                raw.inputs = TableRows.from_matrix(raw.inputs, parts["train"].columns, raw.name)
+                raw.columns = raw.inputs.names
     return parts, notes
+
+
+def _form_of(train: Raw) -> TableForm | None:
+    """How the tables beside the training table are read."""
+    if isinstance(train.inputs, TableRows):
+        return TableForm(train.inputs.names, train.inputs.words, raw=True)
+    return None if train.columns is None else TableForm(train.columns)
 
 
 def _named_parts(data: Mapping[Any, Any]) -> dict[str, Any]:
@@ -238,13 +258,33 @@ def read_source(
     label_column: str | None,
     *,
     labels_required: bool,
-    columns: Sequence[str] | None = None,
+    columns: Sequence[str] | TableForm | None = None,
 ) -> Raw:
     """The samples of one set, labels as they came; of a table the features `columns`, where these are known.
 
     Raises:
         DataError: the source cannot be read, or its type is not supported.
     """
+    raw = _read(source, kind, text_column, label_column, labels_required, columns)
+    form = TableForm.of(columns)
+    if form.raw and raw.kind == "array" and not isinstance(raw.inputs, TableRows):
+        if form.words:
+            raise DataError(
+                f"{raw.name}: holds numbers without names, the model takes words in {listed(form.words)}; give a table"
+            )
+        raw.inputs = TableRows.from_matrix(raw.inputs, form.columns, raw.name)
+        raw.columns = raw.inputs.names
+    return raw
+
+
+def _read(
+    source: Any,
+    kind: Kind | None,
+    text_column: str | None,
+    label_column: str | None,
+    labels_required: bool,
+    columns: Sequence[str] | TableForm | None,
+) -> Raw:
     if isinstance(source, str | os.PathLike):
         return _path_samples(Path(source), kind, text_column, label_column, labels_required, columns)
     if isinstance(source, DataLoader):
@@ -252,7 +292,13 @@ def read_source(
         raw = dataset_samples(dataset, kind)
         raw.notes = notes + raw.notes
         return raw
-    if hasattr(source, "columns") and (hasattr(source, "to_numpy") or hasattr(source, "__dataframe__")):
+    if isinstance(source, TableRows):
+        names = TableForm.of(columns).columns or source.names
+        return Raw("array", source.select(names, "the rows"), None, "the rows", columns=tuple(names))
+    if isinstance(source, Mapping):
+        source = mapping_table(source, "the dict")
+        return _with_tensors(table_samples(source, kind, text_column, label_column, labels_required, columns))
+    if is_frame(source):
         table = frame_table(source, "DataFrame")
         return _with_tensors(table_samples(table, kind, text_column, label_column, labels_required, columns))
     two_arrays = (
@@ -267,7 +313,7 @@ def read_source(
                 f"data: expected (X, y), got a tuple of {len(source)}; "
                 f"for several sets give {{'train': (X, y), 'val': (X, y)}}"
             )
-        return pair_samples(source[0], source[1], kind)
+        return pair_samples(source[0], source[1], kind, columns=columns)
     return _sequence_samples(source, kind, labels_required)
 
 
@@ -306,7 +352,7 @@ def _path_samples(
     text_column: str | None,
     label_column: str | None,
     labels_required: bool,
-    columns: Sequence[str] | None,
+    columns: Sequence[str] | TableForm | None,
 ) -> Raw:
     check_exists(path, "data")
     if path.is_dir():
@@ -334,22 +380,23 @@ def load_samples(
     text_column: str | None = None,
     label_column: str | None = None,
     labels: Literal["required", "ignored"] = "required",
-    columns: Sequence[str] | None = None,
+    columns: Sequence[str] | TableForm | None = None,
 ) -> Samples:
     """One set to evaluate or predict, its labels read by the meaning that `classes` fixes.
 
     Args:
         source: as `data` of `load_data`, one set; with labels "ignored" also bare inputs: a list of texts, a text, an
-            image file, a folder of images without class folders, an array X.
+            image file, a folder of images without class folders, an array X; and for the columns of a table a dict of
+            lists, or of single values for one row.
         classes: label names in the order of the class index; None for regression.
-        columns: the features of a table that the model takes, in its order; None: all, as they stand.
+        columns: the features of a table that the model takes, in its order, or a `TableForm`; None: all, as they stand.
         labels: "required", or "ignored": targets are None.
 
     Raises:
         DataError: as `load_data`; a label that `classes` lacks is named with its nearest; a text is blank, or a
             number NaN or infinite. Images are decoded, and so checked, when their batch is made.
     """
-    if isinstance(source, Mapping):
+    if isinstance(source, Mapping) and (columns is None or set(source) <= set(ROLES)):
         raise DataError(f"data: expected one set, got a dict with {listed(list(source))}; give one of its values")
     ignored = labels == "ignored"
     if isinstance(source, str) and ignored and kind == "text" and not _looks_like_path(source):

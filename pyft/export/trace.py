@@ -16,6 +16,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 
 from pyft.errors import ConfigError, ExportError
+from pyft.export.graph import graphs
 from pyft.export.run import first_line
 from pyft.export.shapes import FreeDims, Inputs, trace_inputs
 
@@ -146,15 +147,6 @@ def check_graph(proto: Any) -> None:
                 f"the exported graph has a fixed batch size ({size}) in '{value.name}': in forward take sizes from "
                 "the input, as in x.shape[0], never from a number"
             )
-
-
-def graphs(graph: Any) -> Iterator[Any]:
-    """A GraphProto and all graphs inside its nodes."""
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
-                yield from graphs(inner)
 
 
 def cause(error: BaseException) -> str:

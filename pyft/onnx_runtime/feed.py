@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pyft.data.cells import MISSING, TRUTH
+from pyft.data.features import feature_matrix
 from pyft.data.pairs import as_array
 from pyft.data.pictures import cropped_pixels, normalised, upright
 from pyft.data.raw import listed, nearest
-from pyft.data.tables import Table, feature_matrix
+from pyft.data.tables import Table
 from pyft.data.text import TextPreprocess, gather_rows
 from pyft.errors import ConfigError, DataError
 from pyft.export.run import OnnxModel, OnnxValue
@@ -138,7 +140,8 @@ def _column_feeds(model: OnnxModel, raw: Mapping[Any, Any], batch_size: int) -> 
     known = model.meta.columns
     if known is not None and not set(names) <= set(columns) and len(names) == 1:
         _check_columns(model, columns, known)
-        matrix = feature_matrix(Table("data", {name: _cells(columns[name]) for name in known}))
+        table = Table("data", {name: _cells(columns[name]) for name in known})
+        matrix = feature_matrix(table, model.meta.preprocess)
         return _array_feeds(model, matrix, batch_size) if len(matrix) else iter(())
     _check_columns(model, columns, names)
     return _input_feeds(model, columns, batch_size)
@@ -180,10 +183,11 @@ def _column_part(value: OnnxValue, cells: Any, first: int) -> NDArray[Any]:
 def _numbers(name: str, cells: Sequence[Any], first: int) -> NDArray[np.float64]:
     numbers = np.full(len(cells), np.nan)
     for row, cell in enumerate(cells):
-        if _is_missing(cell):
+        text = str(cell).strip().lower()
+        if _is_missing(cell) or text in MISSING:
             continue
         try:
-            numbers[row] = float(cell)
+            numbers[row] = TRUTH[text] if text in TRUTH else float(cell)
         except (TypeError, ValueError):
             raise DataError(
                 f"data: the column {name!r} holds {cell!r} in row {first + row}, expected a number; "
