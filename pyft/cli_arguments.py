@@ -219,6 +219,7 @@ _DATA = [
     Option("label_column", None, word, "NAME", "column that holds the label"),
     Option("class_weight", None, weights, "WEIGHTS", "balanced, or one number per class: 1,2,0.5"),
     Option("augment", "none", str, "NAME", "for images: none, flip, crop or strong"),
+    Option("preprocess", None, either("table", "none"), "NAME", "table: scale numbers, fill gaps, one-hot words"),
     Option("max_length", None, or_word(whole, "none"), "N", "tokens per text; the rest is cut off"),
 ]
 _MODEL = [
@@ -246,6 +247,7 @@ _TRAINING = [
     Option("clip", 1.0, or_word(number, "none"), "X", "largest norm of the gradient"),
     Option("precision", "auto", either("fp32", "bf16", "auto"), "NAME", "fp32, bf16, or auto: bf16 where it is faster"),
     Option("loss", "auto", str, "NAME", "loss function"),
+    Option("scale_targets", "auto", or_word(truth, "auto"), "BOOL", "learn numbers as (y - mean) / std"),
     Option("label_smoothing", 0.0, number, "X", "share of the target spread over all classes"),
     Option("metric", "auto", str, "NAME", "metric that picks the best epoch"),
     Option("patience", None, or_word(whole, "none"), "N", "stop after N epochs without a better one"),

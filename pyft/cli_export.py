@@ -77,7 +77,7 @@ def export_opened(opened: OpenRun, samples: Samples, target: Path) -> Iterator[s
     export_onnx(
         opened.module, next(iter(few.epoch(0))).inputs, target, classes=opened.classes, task=opened.problem,
         kind=opened.kind, preprocess=spec_of(opened.preprocess),
-        metadata=run_metadata(opened.path.resolve().name, opened.config["data"].get("columns")),
+        metadata=run_metadata(opened.path.resolve().name, opened.config["data"].get("columns"), opened.target_scale),
     )  # fmt: skip
     report = target.with_name("parity.json" if target.name == "model.onnx" else f"{target.stem}.parity.json")
     parity = check_parity(
@@ -111,11 +111,13 @@ def comparison_samples(opened: OpenRun) -> tuple[Samples, str]:
 
 def _own_samples(opened: OpenRun) -> tuple[Samples, str]:
     from pyft.data.sources import load_data
+    from pyft.preprocess import table_form
     from pyft.run_dir import is_description
 
     arguments: dict[str, Any] = opened.config["arguments"]
     if is_description(arguments["data"]):
         raise DataError("it was given from Python, which no file keeps")
     keys = ("task", "val", "stratify", "seed", "text_column", "label_column")
-    data = load_data(arguments["data"], **{key: arguments[key] for key in keys})
+    form = table_form(opened.config["data"].get("columns"), opened.preprocess)
+    data = load_data(arguments["data"], **{key: arguments[key] for key in keys}, form=form)
     return (data.train, "training samples") if data.val is None else (data.val, "validation samples")

@@ -23,10 +23,11 @@ from pyft.evaluation.scores import scores_from_logits
 from pyft.export.run import OnnxModel
 from pyft.job import to_device
 from pyft.models.call import call_model, probing
-from pyft.preprocess import preprocess_of
+from pyft.preprocess import preprocess_of, table_form, tell_surprises
 from pyft.result import Result
 from pyft.run_dir import can_build, is_run, open_run
 from pyft.samples import Kind, Problem, Samples
+from pyft.target_scale import TargetScale
 
 Backend = Literal["auto", "torch", "onnx"]
 Model = nn.Module | Result | str | os.PathLike[str]
@@ -64,10 +65,11 @@ def evaluate(
         ExportError: the ONNX file is missing or damaged.
     """
     subject = open_subject(model, task, preprocess, classes, backend)
-    if isinstance(data, Mapping):
+    if isinstance(data, Mapping) and subject.columns is None:
         raise ConfigError(f"data: expected one set, got a dict of {', '.join(map(str, data))}; give one of its values")
     subject, samples = labelled(subject, data, text_column, label_column)
     check_samples(samples, samples.name)
+    tell_surprises(subject.preprocess, samples)
     batches = Batches(samples, subject.preprocess, batch_size, shuffle=False)
     with subject.quiet():
         check_width(subject, samples, batches)
@@ -88,8 +90,9 @@ def predict(
     """Predictions for raw samples, in their order.
 
     Args:
-        raw: a text or a list of texts; a table; an image file, a folder of images, a list of paths or PIL images; an
-            array or tensor (N, ...). Labels are ignored.
+        raw: a text or a list of texts; a table, or a dict of its columns (a single value for each gives one row); an
+            image file, a folder of images, a list of paths or PIL images; an array or tensor (N, ...). Labels are
+            ignored.
         Others as for `evaluate`.
 
     Returns:
@@ -108,9 +111,10 @@ def predict(
     known = subject.classes if subject.problem != "regression" else None
     samples = load_samples(
         raw, kind=kind, problem="classification", classes=known, text_column=text_column, labels="ignored",
-        columns=subject.columns,
+        columns=table_form(subject.columns, subject.preprocess),
     )  # fmt: skip
     check_samples(samples, samples.name)
+    tell_surprises(subject.preprocess, samples)
     subject = replace(subject, kind=kind, preprocess=_checked_preprocess(subject, kind))
     batches = Batches(samples, subject.preprocess, batch_size, shuffle=False)
     with subject.quiet():
@@ -152,7 +156,7 @@ class Subject:
     """A model in the form in which it is evaluated.
 
     Attributes:
-        call: gives logits from `Batch.inputs`.
+        call: gives logits from `Batch.inputs`; for regression values in the unit of the targets.
         name: for messages.
         kind, problem, classes, preprocess: None where the model does not keep them.
         module: the module behind `call`, None for an ONNX file.
@@ -200,7 +204,7 @@ def _open(model: Model, backend: Backend) -> Subject:
             subject = _module_subject(
                 model.model, "the result", model.kind, model.problem, model.classes, model.preprocess
             )
-            return replace(subject, columns=model.columns)
+            return replace(in_own_unit(subject, model.target_scale), columns=model.columns)
         if model.onnx is None:
             raise ConfigError("backend='onnx': the run was not exported; tune with export='onnx'")
         return replace(_onnx_subject(model.onnx), preprocess=model.preprocess)
@@ -232,8 +236,18 @@ def _open_path(path: Path, backend: Backend) -> Subject:
     subject = _module_subject(run.module, str(path), run.kind, run.problem, run.classes, run.preprocess)
     columns = run.config["data"].get("columns")
     return replace(
-        subject, needs_preprocess=run.preprocess is None, columns=None if columns is None else tuple(columns)
+        in_own_unit(subject, run.target_scale),
+        needs_preprocess=run.preprocess is None,
+        columns=None if columns is None else tuple(columns),
     )
+
+
+def in_own_unit(subject: Subject, scale: TargetScale | None) -> Subject:
+    """The subject with outputs in the unit of the targets."""
+    if scale is None:
+        return subject
+    scaled = subject.call
+    return replace(subject, call=lambda inputs: scale.unscale(scaled(inputs)))
 
 
 def _module_subject(
@@ -250,7 +264,7 @@ def _onnx_subject(path: Path) -> Subject:
     meta = opened.meta
     kind, problem = parse_task(meta.task or "auto")
     spec = meta.preprocess
-    return Subject(
+    subject = Subject(
         opened,
         str(path),
         meta.kind or kind,  # type: ignore[arg-type]
@@ -260,6 +274,7 @@ def _onnx_subject(path: Path) -> Subject:
         needs_preprocess=spec is not None and spec.get("kind") == "callable",
         columns=None if meta.columns is None else tuple(meta.columns),
     )
+    return in_own_unit(subject, None if meta.target_scale is None else TargetScale.from_dict(meta.target_scale))
 
 
 def labelled(subject: Subject, data: Any, text_column: str | None, label_column: str | None) -> tuple[Subject, Samples]:
@@ -267,7 +282,8 @@ def labelled(subject: Subject, data: Any, text_column: str | None, label_column:
     if subject.kind is None or subject.problem is None or (subject.classes is None and subject.problem != "regression"):
         words = [{"array": "tabular"}.get(subject.kind or "", subject.kind), subject.problem]
         task = "-".join(word for word in words if word) or "auto"
-        found = load_data(data, task=task, val=0, text_column=text_column, label_column=label_column)
+        form = table_form(subject.columns, subject.preprocess)
+        found = load_data(data, task=task, val=0, text_column=text_column, label_column=label_column, form=form)
         classes = subject.classes if subject.classes is not None else found.classes
         subject = replace(subject, kind=found.kind, problem=found.problem, classes=classes)
         if classes == found.classes:
@@ -276,7 +292,7 @@ def labelled(subject: Subject, data: Any, text_column: str | None, label_column:
     assert subject.problem is not None
     samples = load_samples(
         data, kind=subject.kind, problem=subject.problem, classes=subject.classes, text_column=text_column,
-        label_column=label_column, columns=subject.columns,
+        label_column=label_column, columns=table_form(subject.columns, subject.preprocess),
     )  # fmt: skip
     return replace(subject, preprocess=_checked_preprocess(subject, subject.kind)), samples
 

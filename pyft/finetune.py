@@ -18,6 +18,7 @@ from pyft import run_dir
 from pyft.cached_features import Call, FeatureKeeper
 from pyft.core.loader import load_core_for
 from pyft.data.batches import Batches
+from pyft.data.table_preprocess import TablePreprocess
 from pyft.describe import describe, describe_source, is_description, repeat_commands
 from pyft.errors import CheckpointError, ExportError, PyftError
 from pyft.evaluation.metrics import Metrics
@@ -26,7 +27,7 @@ from pyft.evaluation.predict import evaluate_batches
 from pyft.export.onnx import export_onnx, run_metadata
 from pyft.export.parity import Parity, check_parity
 from pyft.freezing.plan import FreezePlan, make_plan
-from pyft.job import EVALUATION_BATCH, Job, autocast, given_back_on_error, inspect, model_fingerprint, to_device
+from pyft.job import EVALUATION_BATCH, Job, autocast, inspect, model_fingerprint, to_device
 from pyft.models.call import call_model
 from pyft.models.saved import load_state, save_model
 from pyft.plan import tell_prediction
@@ -41,6 +42,7 @@ from pyft.training.loop import BatchSource, StageSetup, train
 from pyft.training.progress import Progress, make_progress
 from pyft.training.settings import describe as describe_settings
 from pyft.training.stages import Stage
+from pyft.untouched import given_back_on_error
 from pyft.version import __version__
 
 PARITY_SAMPLES = 1024
@@ -72,6 +74,7 @@ def finetune(
     precision: str = "auto",
     loss: str | Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = "auto",
     label_smoothing: float = 0.0,
+    scale_targets: bool | Literal["auto"] = "auto",
     metric: str = "auto",
     patience: int | None = None,
     max_length: int | None = None,
@@ -109,8 +112,10 @@ def finetune(
             everything; or a list of `pyft.Stage`.
         freeze: what stays frozen, as `pyft.freeze` takes it; with {glob: pyft.Rows(...)} weights train in part, their
             rows chosen on the first training batches when a stage begins.
-        preprocess: a function of one raw sample (PIL image or array) that gives a Tensor, or an object with a `spec()`
-            such as `pyft.data.images.ImagePreprocess`. Only the latter is kept with the model.
+        preprocess: "table" or a `pyft.TablePreprocess`: numbers scaled and gaps filled, words one-hot, as tables with
+            words or gaps get it anyway; a function of one raw sample (PIL image, array or row) that gives a Tensor; or
+            an object with a `spec()` such as `pyft.data.images.ImagePreprocess`. All but functions are kept with the
+            model.
         epochs: passes over the training data, over all stages.
         lr: learning rate; "auto" chooses by model, stage and optimizer, and says so.
         batch_size: samples per batch. accumulate: batches per optimizer step.
@@ -120,6 +125,8 @@ def finetune(
         precision: "fp32", "bf16", or "auto": bf16 where this machine has it and it is found faster.
         loss: "auto", a name, or a function (logits, targets) that gives the mean.
         label_smoothing: in [0, 1).
+        scale_targets: for regression: train on (y - mean) / std of the training targets; predictions and metrics are
+            in their own unit. "auto": where the deviation is outside [0.1, 10] or the mean beyond 10.
         metric: picks the best epoch; "auto" is macro_f1, or rmse for regression.
         patience: epochs without improvement that end a stage.
         max_length: tokens per text.
@@ -213,6 +220,8 @@ def make_config(job: Job) -> dict[str, Any]:
     arguments = {name: describe(value) for name, value in job.arguments.items()}
     for name in ("model", "data"):
         arguments[name] = describe_source(job.arguments[name])
+    if isinstance(job.arguments["preprocess"], TablePreprocess):
+        arguments["preprocess"] = job.arguments["preprocess"].spec()
     return {
         "pyft": __version__,
         "task": job.task,
@@ -259,6 +268,7 @@ def start(job: Job, config: dict[str, Any], unfinished: Path | None) -> RunDir:
         # What a timing decided then must not be decided otherwise now.
         job.forward_precision = stored["forward_precision"]
         job.channels_last = stored.get("channels_last", False)
+        job.set_target_scale(run_dir.read_target_scale(unfinished))
         return run
     run = run_dir.create(job.arguments["out"], job.task)
     try:
@@ -267,6 +277,8 @@ def start(job: Job, config: dict[str, Any], unfinished: Path | None) -> RunDir:
         run.write("plan.txt", "\n".join(plan_lines(job)) + "\n")
         run.write("notes.txt", "".join(f"{note}\n" for note in job.notes))
         run.write("preprocess.json", spec_of(job.preprocess))
+        if job.target_scale is not None:
+            run.write("target_scale.json", job.target_scale.to_dict())
         if job.loaded.source is None:
             save_model(run / "start.safetensors", job.model)
         run.set_state("started")
@@ -346,7 +358,7 @@ def stage_evaluation(job: Job, call: Call, batches: BatchSource) -> Callable[[],
 def score(job: Job, call: Call, batches: BatchSource) -> Metrics:
     """Metrics of the model as it is."""
     return evaluate_batches(
-        lambda inputs: call(job.model, to_device(inputs, job.device)),
+        lambda inputs: job.in_own_unit(call(job.model, to_device(inputs, job.device))),
         batches.epoch(0),
         job.data.problem,
         job.data.classes,
@@ -398,6 +410,7 @@ def evaluate_tuned(job: Job, run: RunDir, history: History, plan: FreezePlan) ->
         preprocess=job.preprocess,
         data_source=held_out_source(job),
         columns=data.train.columns,
+        target_scale=job.target_scale,
     )
 
 
@@ -426,7 +439,7 @@ def export_tuned(job: Job, run: RunDir, result: Result, show: Progress) -> None:
         with timed(run.seconds, "export"):
             export_onnx(
                 job.model, job.example.inputs, path, classes=job.data.classes, task=job.task, kind=job.data.kind,
-                preprocess=spec, metadata=run_metadata(run.path.name, job.data.train.columns),
+                preprocess=spec, metadata=run_metadata(run.path.name, job.data.train.columns, job.target_scale),
             )  # fmt: skip
         with timed(run.seconds, "parity"):
             parity = compare(job, path, run / "parity.json")

@@ -15,6 +15,7 @@ from pyft.samples import Kind, Problem
 if TYPE_CHECKING:
     from pyft.evaluation.metrics import Metrics
     from pyft.freezing.plan import FreezePlan
+    from pyft.target_scale import TargetScale
 
 MAIN_METRICS = ("accuracy", "macro_f1", "exact_match", "micro_f1", "rmse", "mae", "r2", "loss")
 """What is shown of the metrics after each epoch and in the short table."""
@@ -25,7 +26,8 @@ class Result:
     """A tuned model and everything that was learned about it. Printing it gives a short table and the next commands.
 
     Attributes:
-        model: the tuned module, in eval mode; the same object that was given to `finetune`, tuned in place.
+        model: the tuned module, in eval mode; the same object that was given to `finetune`, tuned in place. Where there
+            is a `target_scale`, it gives (y - mean) / std; `target_scale.unscale(model(x))` is y.
         metrics: final values: "val_accuracy", "val_macro_f1", "val_loss", ..., and "test_..." given a test set.
         history: one dict per epoch: stage, epoch, step, lr, train_loss, val_..., seconds.
         per_class: precision, recall, f1, support of each class, on the test set if given, else on validation data.
@@ -38,6 +40,8 @@ class Result:
         seconds: time spent per part of the story.
         notes: what was said about the data and the model.
         columns: names of the table columns that the model takes, in its order; None for other data.
+        target_scale: mean and std of the training targets, by which a regression was scaled; None: it was not. Metrics,
+            `history`, `predict` and `evaluate` are in the targets' own unit.
     """
 
     model: nn.Module
@@ -57,6 +61,7 @@ class Result:
     preprocess: Any = None
     data_source: str | None = None
     columns: tuple[str, ...] | None = None
+    target_scale: TargetScale | None = None
 
     def predict(self, raw: Any, *, batch_size: int = 64) -> list[dict[str, Any]]:
         """Predictions for raw samples, as `pyft.predict` gives them."""

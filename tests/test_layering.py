@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PLAIN = {"errors", "samples", "version"}
+PLAIN = {"errors", "samples", "target_scale", "version"}
 # Folder of pyft -> the folders and modules of pyft that it may import, beside itself and the plain ones.
 MAY_IMPORT = {
     "core": set(),

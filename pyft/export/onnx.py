@@ -29,6 +29,7 @@ from pyft.export.shapes import (
 )
 from pyft.export.trace import Caller, check_graph, clean, trace
 from pyft.samples import Batch
+from pyft.target_scale import TargetScale
 from pyft.version import __version__
 
 FORMAT = "1"
@@ -195,9 +196,14 @@ def _given_entries(
     return entries
 
 
-def run_metadata(run: str, columns: Sequence[str] | None) -> dict[str, Any]:
-    """What `metadata` says of a run: its name, and the table columns that the model takes."""
-    return {"pyft.run": run} if columns is None else {"pyft.run": run, "pyft.columns": list(columns)}
+def run_metadata(run: str, columns: Sequence[str] | None, scale: TargetScale | None = None) -> dict[str, Any]:
+    """What `metadata` says of a run: its name, the table columns that the model takes, the unit of its outputs."""
+    entries: dict[str, Any] = {"pyft.run": run}
+    if columns is not None:
+        entries["pyft.columns"] = list(columns)
+    if scale is not None:
+        entries["pyft.target_scale"] = scale.to_dict()
+    return entries
 
 
 def _found_entries(model: torch.nn.Module, proto: Any, free: FreeDims, onnx_version: str) -> dict[str, str]:

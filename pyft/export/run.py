@@ -45,6 +45,7 @@ class OnnxMeta:
         classes: names in the order of the logits, or None.
         preprocess: the preprocessing spec (JSON object), or None.
         columns: names of the table columns behind the input's features, or None.
+        target_scale: {"mean": [...], "std": [...]}, where the logits are (y - mean) / std of the targets; else None.
         notes: lines about the export, such as a dimension that had to be fixed.
         versions: package to version, of the machine that exported.
         extra: every metadata entry of the file, as text.
@@ -60,6 +61,7 @@ class OnnxMeta:
     classes: list[str] | None = None
     preprocess: dict[str, Any] | None = None
     columns: list[str] | None = None
+    target_scale: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     extra: dict[str, str] = field(default_factory=dict)
@@ -190,6 +192,7 @@ def read_meta(entries: Mapping[str, str], source: str) -> OnnxMeta:
         classes=None if classes is None else [str(name) for name in classes],
         preprocess=_json(entries, "pyft.preprocess", dict, source),
         columns=None if columns is None else [str(name) for name in columns],
+        target_scale=_json(entries, "pyft.target_scale", dict, source),
         notes=_json(entries, "pyft.notes", list, source) or [],
         versions={k.removesuffix(".version"): v for k, v in entries.items() if k.endswith(".version")},
         extra=dict(entries),

@@ -24,7 +24,7 @@ class History:
     metric: what picks the best epoch, where something is evaluated.
     higher_is_better: the direction of `metric`.
     rows: one dict per epoch: stage, epoch (from 1, over all stages), step (optimizer steps so far), lr (of the
-        epoch's last step), train_loss (mean over the samples, in the targets' own unit), val_<name> for each metric, seconds.
+        epoch's last step), train_loss (mean over the samples), val_<name> for each metric, seconds.
     best_epoch: the epoch whose weights the model holds: best metric, then lowest val_loss, then the earliest; None when
         nothing was evaluated (it holds the last ones).
     best_value: its metric.
