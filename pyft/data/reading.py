@@ -19,6 +19,57 @@ if TYPE_CHECKING:
     from pyft.samples import Kind
 
 
+ROLES = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "eval": "val",
+    "test": "test",
+    "testing": "test",
+}
+
+
+def one_set(source: Any, kind: Kind | None, ignored: bool, columns: Sequence[str] | TableForm | None) -> Any:
+    """The source of one set; a lone text, which is no path, as a list.
+
+    Args:
+        ignored: labels are, so that inputs alone will do.
+
+    Raises:
+        DataError: it is several sets: a dict of them, or a folder with tables.
+    """
+    if isinstance(source, Mapping) and (columns is None or set(source) <= set(ROLES)):
+        raise DataError(f"data: expected one set, got a dict with {listed(list(source))}; give one of its values")
+    if isinstance(source, str) and ignored and kind == "text" and not _looks_like_path(source):
+        return [source]
+    if isinstance(source, str | os.PathLike) and Path(source).is_dir() and kind not in ("image", None):
+        tables = sorted(entry.name for entry in Path(source).iterdir() if entry.suffix.lower() in TABLE_SUFFIXES)
+        raise DataError(
+            f"{source}: expected one set, got a folder"
+            + (f" with {listed(tables)}; give one of these files" if tables else " without a table")
+        )
+    return source
+
+
+def check_set(raw: Raw, kind: Kind, ignored: bool) -> None:
+    """Refuse samples of another kind than the model takes, or without labels where these are needed.
+
+    Raises:
+        DataError: one of these.
+    """
+    if raw.kind != kind and not (raw.kind == "array" and kind == "image"):
+        raise DataError(f"{raw.name}: holds {raw.kind} inputs, the model takes {kind} inputs")
+    if raw.labels is None and not ignored:
+        raise DataError(f"{raw.name}: no labels; give (X, y), or a table with a label column")
+
+
+def _looks_like_path(text: str) -> bool:
+    return text.lower().endswith(TABLE_SUFFIXES) or (len(text) < 4096 and "\n" not in text and Path(text).exists())
+
+
 def read_arrays(
     source: Any,
     kind: Kind | None,

@@ -15,7 +15,7 @@ from pyft.data.checks import check_classes, check_samples
 from pyft.data.fingerprint import fingerprint
 from pyft.data.folders import holds_images, sub_folders
 from pyft.data.raw import Raw, listed, nearest
-from pyft.data.reading import in_form, is_dataset, read_arrays
+from pyft.data.reading import ROLES, check_set, in_form, is_dataset, one_set, read_arrays
 from pyft.data.splits import split_samples
 from pyft.data.table_rows import TableForm, TableRows
 from pyft.data.tables import TABLE_SUFFIXES
@@ -23,18 +23,6 @@ from pyft.data.targets import make_targets
 from pyft.data.task import parse_task
 from pyft.errors import DataError
 from pyft.samples import Data, Kind, Problem, Samples
-
-ROLES = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "eval": "val",
-    "test": "test",
-    "testing": "test",
-}
 
 
 def load_data(
@@ -274,28 +262,12 @@ def load_samples(
         DataError: as `load_data`; a label that `classes` lacks is named with its nearest; a text is blank, or a
             number NaN or infinite. Images are decoded, and so checked, when their batch is made.
     """
-    if isinstance(source, Mapping) and (columns is None or set(source) <= set(ROLES)):
-        raise DataError(f"data: expected one set, got a dict with {listed(list(source))}; give one of its values")
     ignored = labels == "ignored"
-    if isinstance(source, str) and ignored and kind == "text" and not _looks_like_path(source):
-        source = [source]
-    if isinstance(source, str | os.PathLike) and Path(source).is_dir() and kind != "image":
-        tables = sorted(entry.name for entry in Path(source).iterdir() if entry.suffix.lower() in TABLE_SUFFIXES)
-        raise DataError(
-            f"{source}: expected one set, got a folder"
-            + (f" with {listed(tables)}; give one of these files" if tables else " without a table")
-        )
+    source = one_set(source, kind, ignored, columns)
     raw = read_source(source, kind, text_column, label_column, labels_required=not ignored, columns=columns)
-    if raw.kind != kind and not (raw.kind == "array" and kind == "image"):
-        raise DataError(f"{raw.name}: holds {raw.kind} inputs, the model takes {kind} inputs")
-    if raw.labels is None and not ignored:
-        raise DataError(f"{raw.name}: no labels; give (X, y), or a table with a label column")
+    check_set(raw, kind, ignored)
     targets = None if ignored else torch.from_numpy(make_targets(raw, problem, classes).values)
     samples = Samples(raw.kind, raw.inputs, targets, raw.name, raw.columns)
     if raw.kind != "image":
         check_samples(samples, raw.name)
     return samples
-
-
-def _looks_like_path(text: str) -> bool:
-    return text.lower().endswith(TABLE_SUFFIXES) or (len(text) < 4096 and "\n" not in text and Path(text).exists())

@@ -284,9 +284,9 @@ def _differences(
     tails = [(1 - confidence) / 2, (1 + confidence) / 2]
     differences = []
     for name in wanted:
-        a, b = float(found[0][name][0]), float(found[1][name][0])
+        first, second = (float(values[name][0]) for values in found)
         low, high = np.quantile(np.concatenate(drawn[name]), tails).tolist()
-        differences.append(Difference(name, a, b, b - a, low, high))
+        differences.append(Difference(name, first, second, second - first, low, high))
     return differences
 
 
