@@ -18,7 +18,7 @@ PROBLEMS = ("classification", "multilabel", "regression", "detection")
 KINDS = {"text": "text", "image": "image", "tabular": "array", "table": "array", "array": "array"}
 
 RESERVED = {
-    *("pyft.format", "pyft.version", "pyft.task", "pyft.kind", "pyft.classes", "pyft.preprocess", "pyft.target"),
+    *("pyft.format", "pyft.version", "pyft.task", "pyft.kind", "pyft.classes", "pyft.preprocess", "pyft.target_scale"),
     *("pyft.inputs", "pyft.inputs_form", "pyft.outputs", "pyft.notes", "pyft.precision"),
     *("pyft.detection", "torch.version", "onnx.version", "transformers.version", "pillow.version"),
 }

@@ -112,7 +112,7 @@ def export_module(
         if suppression is not None:
             entries["pyft.detection"] = dumps(suppression.to_dict())
         if target is not None:
-            entries["pyft.target"] = dumps(dict(target), "target")
+            entries["pyft.target_scale"] = dumps(dict(target), "target")
         for key, value in sorted(entries.items()):
             proto.metadata_props.add(key=key, value=value)
         file = OnnxFile(proto, path)
