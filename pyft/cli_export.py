@@ -77,10 +77,10 @@ def export_opened(opened: OpenRun, samples: Samples, target: Path) -> Iterator[s
         metadata=run_metadata(opened.path.resolve().name, opened.config["data"].get("columns"), opened.target_scale),
     )  # fmt: skip
     report = target.with_name("parity.json" if target.name == "model.onnx" else f"{target.stem}.parity.json")
-    scale = opened.target_scale
     parity = prove(
         target, opened.module, samples, opened.preprocess, problem=opened.problem, classes=opened.classes,
-        report=report, batch_size=BATCH_SIZE, to_value=None if scale is None else scale.unscale,
+        report=report, batch_size=BATCH_SIZE,
+        to_value=None if opened.target_scale is None else opened.target_scale.unscale,
     )  # fmt: skip
     yield f"{target} ({target.stat().st_size / 1e6:.1f} MB)"
     yield str(parity)

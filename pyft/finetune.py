@@ -356,13 +356,12 @@ def stage_evaluation(job: Job, call: Call, batches: BatchSource) -> Callable[[],
 
 def score(job: Job, call: Call, batches: BatchSource, kept: KeptLogits | None = None) -> Metrics:
     """Metrics of the model as it is."""
-    keep = KeptLogits(0) if kept is None else kept
-    return evaluate_batches(
-        lambda inputs: job.in_own_unit(keep.put(call(job.model, to_device(inputs, job.device)))),
-        keep.batches(batches.epoch(0)),
-        job.data.problem,
-        job.data.classes,
-    )
+
+    def logits(inputs: Any) -> Any:
+        return call(job.model, to_device(inputs, job.device))
+
+    run, epoch = (logits, batches.epoch(0)) if kept is None else (kept.call(logits), kept.batches(batches.epoch(0)))
+    return evaluate_batches(lambda inputs: job.in_own_unit(run(inputs)), epoch, job.data.problem, job.data.classes)
 
 
 def resume_hint(job: Job, run: RunDir) -> str:
@@ -462,10 +461,9 @@ def export_tuned(job: Job, run: RunDir, result: Result, show: Progress, kept: Ke
 def compare(job: Job, path: Path, report: Path, known: Known | None) -> Parity:
     """The exported file against the model on all validation samples, or training samples where there are none."""
     samples, known = (job.data.train, None) if job.data.val is None else (job.data.val, known)
-    scale = job.target_scale
     return prove(
         path, job.model, samples, job.preprocess, problem=job.data.problem, classes=job.data.classes, report=report,
-        known=known, batch_size=EVALUATION_BATCH, to_value=None if scale is None else scale.unscale,
+        known=known, batch_size=EVALUATION_BATCH, to_value=job.in_own_unit,
     )  # fmt: skip
 
 

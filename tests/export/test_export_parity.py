@@ -17,7 +17,7 @@ from scipy.special import softmax as scipy_softmax
 from torch import nn
 
 from pyft.errors import ConfigError, DataError, ExportError
-from pyft.export.onnx import export_onnx
+from pyft.export.onnx import export_module
 from pyft.export.parity import check_parity, relative_difference
 from pyft.export.run import OnnxModel
 from pyft.samples import Batch
@@ -46,7 +46,7 @@ def data():
 
 @pytest.fixture(scope="module")
 def good(model, tmp_path_factory):
-    return export_onnx(model, torch.randn(2, 6), tmp_path_factory.mktemp("parity") / "model.onnx", classes=CLASSES)
+    return export_module(model, torch.randn(2, 6), tmp_path_factory.mktemp("parity") / "model.onnx", classes=CLASSES)
 
 
 @pytest.fixture
@@ -195,10 +195,10 @@ def test_file_with_a_fixed_batch(model, data, tmp_path):
 
 
 def test_file_of_another_model(model, data, tmp_path):
-    other = export_onnx(nn.Linear(6, 3), torch.randn(2, 6), tmp_path / "other.onnx")
+    other = export_module(nn.Linear(6, 3), torch.randn(2, 6), tmp_path / "other.onnx")
     with pytest.raises(ExportError, match=r"logits have shape \(16, 3\) where PyTorch gives \(16, 4\)"):
         check_parity(model, other, batches(data))
-    wide = export_onnx(nn.Linear(7, 4), torch.randn(2, 7), tmp_path / "wide.onnx")
+    wide = export_module(nn.Linear(7, 4), torch.randn(2, 7), tmp_path / "wide.onnx")
     with pytest.raises(ExportError, match=r"must have shape \(batch, 7\), got \(16, 6\)"):
         check_parity(model, wide, batches(data))
 
