@@ -23,7 +23,7 @@ from pyft.data.text import TextPreprocess  # noqa: E402
 from pyft.errors import ExportError  # noqa: E402
 from pyft.export.front import front_of  # noqa: E402
 from pyft.export.graph import put_before, put_behind  # noqa: E402
-from pyft.export.onnx import export_onnx  # noqa: E402
+from pyft.export.onnx import export_module  # noqa: E402
 from pyft.export.outputs import outputs_of  # noqa: E402
 from pyft.export.parity import Known  # noqa: E402
 from pyft.models.call import call_model  # noqa: E402
@@ -37,7 +37,7 @@ WORDS = ["fine", "bad", "very", "not", "so", "film", "book", "the"]
 def raw_file(model, samples, preprocess, path, spec=None):
     """A file that takes the samples as they are; `spec` is what the graph in front is made of."""
     example = next(iter(Batches(samples.subset(range(4)), preprocess, 4, shuffle=False).epoch(0))).inputs
-    export_onnx(
+    export_module(
         model, example, path, classes=CLASSES, preprocess=preprocess.spec(), metadata={"pyft.inputs_form": "raw"},
     )  # fmt: skip
     proto = onnx.load(path)
@@ -209,7 +209,7 @@ def test_value_in_the_unit_of_the_target(tmp_path):
     to_value = lambda logits: logits * np.float32(20) + np.float32(100)  # noqa: E731
     with torch.no_grad():
         samples = Samples("array", x, torch.from_numpy(to_value(model(x).numpy())[:, 0]) + torch.randn(50))
-    path = export_onnx(model, x[:3], tmp_path / "model.onnx", task="regression")
+    path = export_module(model, x[:3], tmp_path / "model.onnx", task="regression")
     proto = onnx.load(path)
     put_behind(proto, outputs_of("regression", ["batch", 1], target={"mean": 100.0, "std": 20.0}))
     path.write_bytes(proto.SerializeToString())
