@@ -10,12 +10,12 @@ from torch import nn
 pytest.importorskip("onnxscript", reason="pip install 'pyft[onnx]'")
 pytest.importorskip("onnxruntime", reason="pip install 'pyft[onnx]'")
 
-from lone_graphs import floats, session_of  # noqa: E402
+from lone_graphs import floats, session_of
 
-from pyft.errors import ConfigError  # noqa: E402
-from pyft.export.onnx import export_module  # noqa: E402
-from pyft.export.outputs import outputs_of  # noqa: E402
-from pyft.export.run import OnnxModel  # noqa: E402
+from pyft.errors import ConfigError
+from pyft.export.onnx import export_module
+from pyft.export.outputs import outputs_of
+from pyft.export.run import OnnxModel
 
 LOGITS = np.float32([[2.0, -1.0, 0.5], [-80.0, 90.0, 90.0], [0.0, 0.0, 0.0], [1e-8, -1e-8, 0.0]])
 
