@@ -1,4 +1,4 @@
-"""An exported file is run with onnxruntime alone: a picture of any size, and a table by the names of its columns.
+"""Exported files run with onnxruntime alone: a picture of any size, and a table by the names of its columns.
 
 pip install 'pyft[onnx,image]' scikit-learn && python examples/onnx_alone.py
 """
@@ -15,12 +15,10 @@ from torch import nn
 
 import pyft
 
-# What stands on the machine that uses the files: neither pyft nor torch is imported.
 ALONE = """
 import sys
 import numpy as np
 import onnxruntime
-
 folder = sys.argv[1]
 session = onnxruntime.InferenceSession(f"{folder}/light.onnx")
 for picture in (np.load(f"{folder}/picture.npy"), np.full((90, 700, 3), 250, np.uint8)):
@@ -28,16 +26,14 @@ for picture in (np.load(f"{folder}/picture.npy"), np.full((90, 700, 3), 250, np.
     print(f"{picture.shape[1]} x {picture.shape[0]} pixels: {label[0]}, {scores.max():.2f}")
 
 session = onnxruntime.InferenceSession(f"{folder}/diabetes.onnx")
-row = {"age": 59, "sex": 2, "bmi": 32.1, "bp": 101, "s1": 157, "s2": 93.2, "s3": 38, "s4": 4, "s5": 4.8598, "s6": np.nan}
-[value] = session.run(["value"], {name: np.array([cell], np.float32) for name, cell in row.items()})
+names, row = [item.name for item in session.get_inputs()], [59, 2, 32.1, 101, 157, 93.2, 38, 4, 4.86, np.nan]
+[value] = session.run(["value"], {name: np.array([cell], np.float32) for name, cell in zip(names, row)})
 print(f"progression of the disease: {value[0]:.0f}")
 assert "torch" not in sys.modules and "pyft" not in sys.modules
 """
 
 
 class Light(nn.Module):
-    """Whether a picture is bright, from its mean."""
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         mean = x.mean(dim=(1, 2, 3))
         return torch.stack([-mean, mean], dim=1)
@@ -46,10 +42,8 @@ class Light(nn.Module):
 def main() -> None:
     torch.manual_seed(0)
     folder = Path(tempfile.mkdtemp())
-    picture = {"kind": "image", "size": 32}
-    pyft.export_onnx(
-        Light(), folder / "light.onnx", preprocess=picture, task="image-classification", classes=["dark", "bright"]
-    )
+    words = {"task": "image-classification", "preprocess": {"kind": "image", "size": 32}}
+    pyft.export_onnx(Light(), folder / "light.onnx", classes=["dark", "bright"], **words)
     np.save(folder / "picture.npy", load_sample_images().images[0])
     load_diabetes(as_frame=True, scaled=False).frame.to_csv(folder / "diabetes.csv", index=False)
     net = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 1))
