@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from pyft import ops as ops
     from pyft import optim as optim
     from pyft.core.doctor import doctor as doctor
+    from pyft.data.table_preprocess import TablePreprocess as TablePreprocess
     from pyft.evaluate import evaluate as evaluate
     from pyft.evaluate import predict as predict
-    from pyft.export.onnx import export_onnx as export_onnx
+    from pyft.export_model import export_onnx as export_onnx
     from pyft.finetune import finetune as finetune
     from pyft.finetune import resume as resume
     from pyft.freezing.delta import apply_delta as apply_delta
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from pyft.freezing.select_rows import Rows as Rows
     from pyft.plan import plan as plan
     from pyft.result import Result as Result
+    from pyft.target_scale import TargetScale as TargetScale
     from pyft.training.stages import Stage as Stage
 
 # public name -> module that holds it; a module stands for itself
@@ -49,11 +51,13 @@ _HOMES = {
     "Result": "pyft.result",
     "Rows": "pyft.freezing.select_rows",
     "Stage": "pyft.training.stages",
+    "TablePreprocess": "pyft.data.table_preprocess",
+    "TargetScale": "pyft.target_scale",
     "apply_delta": "pyft.freezing.delta",
     "doctor": "pyft.core.doctor",
     "errors": "pyft.errors",
     "evaluate": "pyft.evaluate",
-    "export_onnx": "pyft.export.onnx",
+    "export_onnx": "pyft.export_model",
     "finetune": "pyft.finetune",
     "freeze": "pyft.freezing.plan",
     "lean": "pyft.freezing.lean.swap",
@@ -76,6 +80,8 @@ __all__ = [
     "Result",
     "Rows",
     "Stage",
+    "TablePreprocess",
+    "TargetScale",
     "__version__",
     "apply_delta",
     "doctor",

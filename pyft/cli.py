@@ -64,8 +64,9 @@ def _job(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """Data and keywords of `pyft.finetune`."""
     given = vars(arguments)
     keywords = {option.name: given[option.name] for option in options() if option.name in given}
-    if keywords.get("export") == "none":
-        keywords["export"] = None
+    for name in ("export", "preprocess"):
+        if keywords.get(name) == "none":
+            keywords[name] = None
     data: Any = arguments.data
     sets = {"val": keywords.get("val"), "test": arguments.test}
     sets = {role: value for role, value in sets.items() if isinstance(value, str)}
@@ -95,7 +96,8 @@ def export(arguments: argparse.Namespace) -> int:
     """`pyft export RUN`."""
     from pyft.cli_export import export_run
 
-    for line in export_run(Path(arguments.run), None if arguments.output is None else Path(arguments.output)):
+    words = {name: getattr(arguments, name) for name in ("inputs", "precision", "opset", "max_drop")}
+    for line in export_run(Path(arguments.run), None if arguments.output is None else Path(arguments.output), **words):
         print(line)
     return 0
 

@@ -219,6 +219,7 @@ _DATA = [
     Option("label_column", None, word, "NAME", "column that holds the label"),
     Option("class_weight", None, weights, "WEIGHTS", "balanced, or one number per class: 1,2,0.5"),
     Option("augment", "none", str, "NAME", "for images: none, flip, crop or strong"),
+    Option("preprocess", None, either("table", "none"), "NAME", "table: scale numbers, fill gaps, one-hot words"),
     Option("max_length", None, or_word(whole, "none"), "N", "tokens per text; the rest is cut off"),
 ]
 _MODEL = [
@@ -246,6 +247,7 @@ _TRAINING = [
     Option("clip", 1.0, or_word(number, "none"), "X", "largest norm of the gradient"),
     Option("precision", "auto", either("fp32", "bf16", "auto"), "NAME", "fp32, bf16, or auto: bf16 where it is faster"),
     Option("loss", "auto", str, "NAME", "loss function"),
+    Option("scale_targets", "auto", or_word(truth, "auto"), "BOOL", "learn numbers as (y - mean) / std"),
     Option("label_smoothing", 0.0, number, "X", "share of the target spread over all classes"),
     Option("metric", "auto", str, "NAME", "metric that picks the best epoch"),
     Option("patience", None, or_word(whole, "none"), "N", "stop after N epochs without a better one"),
@@ -328,6 +330,16 @@ def _add_others(commands: Any) -> None:
     )
     parser.add_argument("run", metavar="RUN", help="folder of a run")
     parser.add_argument("--output", metavar="FILE", help="where to write [RUN/model.onnx]")
+    parser.add_argument(
+        "--inputs", type=either("auto", "raw", "tensor", "strings"), metavar="NAME",
+        help="what the file takes: raw (pictures as bytes, padded tokens, named columns), strings (texts), or tensor "
+        "(what the model takes) [raw where pyft knows the preprocessing]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--precision", type=either("fp32", "fp16", "int8"), metavar="NAME", help="fp32, fp16 or int8 [fp32]"
+    )
+    parser.add_argument("--opset", type=whole, metavar="N", help="ONNX operator set [as torch recommends]")
+    parser.add_argument("--max-drop", type=number, metavar="X", help="of the metric in lower precision [0.01]")
 
     parser = commands.add_parser(
         "predict", help="labels for new texts, images or rows",

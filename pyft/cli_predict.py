@@ -23,24 +23,26 @@ def prediction_lines(
     """
     from pyft.evaluate import predict
 
-    kind, classes, columns = describe_model(model)
-    names, raw = READERS[kind](words, columns if kind == "array" else text_column)
+    kind, classes, form = describe_model(model)
+    names, raw = READERS[kind](words, form if kind == "array" else text_column)
     rows = predict(model, raw, batch_size=batch_size, text_column=text_column)
     for name, row in zip(names, rows, strict=True):
         yield json_line(name, row, classes) if as_json else text_line(name, row)
 
 
-def describe_model(model: Path) -> tuple[str, list[str] | None, list[str] | None]:
-    """Kind of input, class names and names of table columns of a run or an ONNX file.
+def describe_model(model: Path) -> tuple[str, list[str] | None, Any]:
+    """Kind of input, class names, and how tables are read (a `TableForm`), of a run or an ONNX file.
 
     Raises:
         ConfigError: neither, or a file that does not say what it takes.
     """
-    from pyft.run_dir import is_run, read_config
+    from pyft.preprocess import preprocess_of, table_form
+    from pyft.run_dir import is_run, read_config, read_preprocess
 
     if is_run(model):
         config = read_config(model)
-        return config["data"]["kind"], config["classes"], config["data"].get("columns")
+        form = table_form(config["data"].get("columns"), read_preprocess(model))
+        return config["data"]["kind"], config["classes"], form
     if model.suffix != ".onnx":
         state = "is neither" if model.exists() else "does not exist"
         raise ConfigError(f"{model} {state}; expected the folder of a run or a .onnx file")
@@ -49,7 +51,8 @@ def describe_model(model: Path) -> tuple[str, list[str] | None, list[str] | None
     meta = OnnxModel(model).meta
     if meta.kind not in READERS:
         raise ConfigError(f"{model} does not say what it takes, as files made by pyft do; use pyft.predict(..., task=)")
-    return meta.kind, meta.classes, meta.columns
+    tables = meta.kind == "array"
+    return meta.kind, meta.classes, table_form(meta.columns, preprocess_of(meta.preprocess)) if tables else None
 
 
 def read_texts(words: Sequence[str], text_column: str | None) -> tuple[list[str], list[str]]:
@@ -60,7 +63,7 @@ def read_texts(words: Sequence[str], text_column: str | None) -> tuple[list[str]
         if word == "-":
             texts += _lines(sys.stdin.read(), "standard input")
         elif path.suffix.lower() in TABLES and _is_file(path):
-            texts += _table(path, "text", text_column, None)
+            texts += _read(path, "text", text_column, None)
         elif _is_file(path):
             texts += _lines(_decoded(path), str(path))
         elif path.suffix.lower() in (*TABLES, ".txt") and " " not in word:
@@ -89,19 +92,24 @@ def read_images(words: Sequence[str], text_column: str | None) -> tuple[list[str
     return [str(path) for path in paths], paths
 
 
-def read_arrays(words: Sequence[str], columns: Sequence[str] | None) -> tuple[list[str], Any]:
-    """Rows of .npy files and tables, one after the other, as one tensor (N, ...); of tables the features `columns`."""
+def read_arrays(words: Sequence[str], form: Any) -> tuple[list[str], Any]:
+    """Rows of .npy files and tables, one after the other: a tensor (N, ...), or `TableRows` where `form` says so."""
     import torch
 
+    from pyft.data.table_rows import TableRows
+
     names: list[str] = []
-    parts: list[torch.Tensor] = []
+    parts: list[Any] = []
     for word in words:
         path = Path(word)
         if not path.is_file():
             raise DataError(f"{word}: no such file; the model takes .npy arrays (N, ...) and tables of numbers")
-        rows = _table(path, "array", None, columns) if path.suffix.lower() in TABLES else _array(path)
-        parts.append(torch.as_tensor(rows))
+        is_table = path.suffix.lower() in TABLES
+        rows = _read(path if is_table else _array(path), "array", None, form)
+        parts.append(rows)
         names += [f"{word}:{number}" for number in range(len(rows))]
+    if all(isinstance(part, TableRows) for part in parts):
+        return names, TableRows.join(parts)
     shapes = sorted({tuple(part.shape[1:]) for part in parts})
     if len(shapes) > 1:
         raise DataError(f"the files hold samples of different shapes: {', '.join(map(str, shapes))}")
@@ -133,10 +141,10 @@ def _lines(text: str, name: str) -> list[str]:
     return lines
 
 
-def _table(path: Path, kind: Any, text_column: str | None, columns: Sequence[str] | None) -> Any:
+def _read(source: Any, kind: Any, text_column: str | None, form: Any) -> Any:
     from pyft.data.sources import read_source
 
-    return read_source(path, kind, text_column, None, labels_required=False, columns=columns).inputs
+    return read_source(source, kind, text_column, None, labels_required=False, columns=form).inputs
 
 
 def _array(path: Path) -> Any:

@@ -18,19 +18,21 @@ from pyft import run_dir
 from pyft.cached_features import Call, FeatureKeeper
 from pyft.core.loader import load_core_for
 from pyft.data.batches import Batches
+from pyft.data.table_preprocess import TablePreprocess
 from pyft.describe import describe, describe_source, is_description, repeat_commands
 from pyft.errors import CheckpointError, ExportError, PyftError
 from pyft.evaluation.metrics import Metrics
 from pyft.evaluation.pictures import can_draw, draw_run
 from pyft.evaluation.predict import evaluate_batches
-from pyft.export.onnx import export_onnx, run_metadata
-from pyft.export.parity import Parity, check_parity
+from pyft.export.parity import Known, Parity
+from pyft.export_model import Exported, run_metadata, write_onnx
 from pyft.freezing.plan import FreezePlan, make_plan
-from pyft.job import EVALUATION_BATCH, Job, autocast, given_back_on_error, inspect, model_fingerprint, to_device
+from pyft.job import EVALUATION_BATCH, Job, autocast, inspect, model_fingerprint, to_device
 from pyft.models.call import call_model
 from pyft.models.saved import load_state, save_model
 from pyft.plan import tell_prediction
 from pyft.preprocess import spec_of
+from pyft.proof import KeptLogits, prove
 from pyft.result import MAIN_METRICS, Result
 from pyft.run_dir import RunDir
 from pyft.stage_rows import freeze_for
@@ -41,10 +43,8 @@ from pyft.training.loop import BatchSource, StageSetup, train
 from pyft.training.progress import Progress, make_progress
 from pyft.training.settings import describe as describe_settings
 from pyft.training.stages import Stage
+from pyft.untouched import given_back_on_error
 from pyft.version import __version__
-
-PARITY_SAMPLES = 1024
-"""The exported file is compared on at most this many samples: a difference in behaviour shows in far fewer."""
 
 
 def finetune(
@@ -72,6 +72,7 @@ def finetune(
     precision: str = "auto",
     loss: str | Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = "auto",
     label_smoothing: float = 0.0,
+    scale_targets: bool | Literal["auto"] = "auto",
     metric: str = "auto",
     patience: int | None = None,
     max_length: int | None = None,
@@ -109,8 +110,10 @@ def finetune(
             everything; or a list of `pyft.Stage`.
         freeze: what stays frozen, as `pyft.freeze` takes it; with {glob: pyft.Rows(...)} weights train in part, their
             rows chosen on the first training batches when a stage begins.
-        preprocess: a function of one raw sample (PIL image or array) that gives a Tensor, or an object with a `spec()`
-            such as `pyft.data.images.ImagePreprocess`. Only the latter is kept with the model.
+        preprocess: "table" or a `pyft.TablePreprocess`: numbers scaled and gaps filled, words one-hot, as tables with
+            words or gaps get it anyway; a function of one raw sample (PIL image, array or row) that gives a Tensor; or
+            an object with a `spec()` such as `pyft.data.images.ImagePreprocess`. All but functions are kept with the
+            model.
         epochs: passes over the training data, over all stages.
         lr: learning rate; "auto" chooses by model, stage and optimizer, and says so.
         batch_size: samples per batch. accumulate: batches per optimizer step.
@@ -120,6 +123,8 @@ def finetune(
         precision: "fp32", "bf16", or "auto": bf16 where this machine has it and it is found faster.
         loss: "auto", a name, or a function (logits, targets) that gives the mean.
         label_smoothing: in [0, 1).
+        scale_targets: for regression: train on (y - mean) / std of the training targets; predictions and metrics are
+            in their own unit. "auto": where the deviation is outside [0.1, 10] or the mean beyond 10.
         metric: picks the best epoch; "auto" is macro_f1, or rmse for regression.
         patience: epochs without improvement that end a stage.
         max_length: tokens per text.
@@ -164,9 +169,10 @@ def finetune(
         for line in [*job.notes, *plan_lines(job), f"run: {run.path}{', continued' * bool(unfinished)}"]:
             show.note(line)
         history, plan = train_stages(job, run, show, resumed=unfinished is not None)
-        result = evaluate_tuned(job, run, history, plan)
+        kept = logits_to_keep(job) if export is not None else None
+        result = evaluate_tuned(job, run, history, plan, kept)
         if export is not None:
-            export_tuned(job, run, result, show)
+            export_tuned(job, run, result, show, kept)
         if (predicted := tell_prediction(config, run.seconds)) is not None:
             result.notes = (*result.notes, predicted)
             show.note(predicted)
@@ -213,6 +219,8 @@ def make_config(job: Job) -> dict[str, Any]:
     arguments = {name: describe(value) for name, value in job.arguments.items()}
     for name in ("model", "data"):
         arguments[name] = describe_source(job.arguments[name])
+    if isinstance(job.arguments["preprocess"], TablePreprocess):
+        arguments["preprocess"] = job.arguments["preprocess"].spec()
     return {
         "pyft": __version__,
         "task": job.task,
@@ -259,6 +267,7 @@ def start(job: Job, config: dict[str, Any], unfinished: Path | None) -> RunDir:
         # What a timing decided then must not be decided otherwise now.
         job.forward_precision = stored["forward_precision"]
         job.channels_last = stored.get("channels_last", False)
+        job.set_target_scale(run_dir.read_target_scale(unfinished))
         return run
     run = run_dir.create(job.arguments["out"], job.task)
     try:
@@ -267,6 +276,8 @@ def start(job: Job, config: dict[str, Any], unfinished: Path | None) -> RunDir:
         run.write("plan.txt", "\n".join(plan_lines(job)) + "\n")
         run.write("notes.txt", "".join(f"{note}\n" for note in job.notes))
         run.write("preprocess.json", spec_of(job.preprocess))
+        if job.target_scale is not None:
+            run.write("target_scale.json", job.target_scale.to_dict())
         if job.loaded.source is None:
             save_model(run / "start.safetensors", job.model)
         run.set_state("started")
@@ -343,11 +354,12 @@ def stage_evaluation(job: Job, call: Call, batches: BatchSource) -> Callable[[],
     return evaluate
 
 
-def score(job: Job, call: Call, batches: BatchSource) -> Metrics:
+def score(job: Job, call: Call, batches: BatchSource, kept: KeptLogits | None = None) -> Metrics:
     """Metrics of the model as it is."""
+    keep = KeptLogits(0) if kept is None else kept
     return evaluate_batches(
-        lambda inputs: call(job.model, to_device(inputs, job.device)),
-        batches.epoch(0),
+        lambda inputs: job.in_own_unit(keep.put(call(job.model, to_device(inputs, job.device)))),
+        keep.batches(batches.epoch(0)),
         job.data.problem,
         job.data.classes,
     )
@@ -364,15 +376,20 @@ def resume_hint(job: Job, run: RunDir) -> str:
 # ---------------------------------------------------------------- evaluate and export
 
 
-def evaluate_tuned(job: Job, run: RunDir, history: History, plan: FreezePlan) -> Result:
+def logits_to_keep(job: Job) -> KeptLogits | None:
+    """What the proof need not compute again: the logits of the validation set, where the CPU computes them."""
+    return KeptLogits(len(job.data.val)) if job.data.val is not None and job.device.type == "cpu" else None
+
+
+def evaluate_tuned(job: Job, run: RunDir, history: History, plan: FreezePlan, kept: KeptLogits | None = None) -> Result:
     """Final metrics in fp32, the precision of the exported file; weights and metrics are on disk afterwards."""
     data = job.data
     job.model.eval()
     with timed(run.seconds, "evaluate"):
         save_model(run / "model.safetensors", job.model)
         found = {
-            role: score(job, call_model, Batches(samples, job.preprocess, EVALUATION_BATCH, shuffle=False))
-            for role, samples in {"val": data.val, "test": data.test}.items()
+            role: score(job, call_model, Batches(samples, job.preprocess, EVALUATION_BATCH, shuffle=False), keeper)
+            for role, samples, keeper in (("val", data.val, kept), ("test", data.test, None))
             if samples is not None
         }
     metrics = {f"{role}_{name}": value for role, scores in found.items() for name, value in scores.values.items()}
@@ -398,6 +415,7 @@ def evaluate_tuned(job: Job, run: RunDir, history: History, plan: FreezePlan) ->
         preprocess=job.preprocess,
         data_source=held_out_source(job),
         columns=data.train.columns,
+        target_scale=job.target_scale,
     )
 
 
@@ -413,23 +431,23 @@ def held_out_source(job: Job) -> str | None:
     return str(next((place for place in places if place.exists()), job.data.source))
 
 
-def export_tuned(job: Job, run: RunDir, result: Result, show: Progress) -> None:
-    """Write model.onnx and compare it with the model on held-out samples.
+def export_tuned(job: Job, run: RunDir, result: Result, show: Progress, kept: KeptLogits | None = None) -> None:
+    """Write model.onnx and compare it with the model on all held-out samples.
 
     Raises:
         ExportError: with the place of the tuned weights, which are safe.
     """
     path = run / "model.onnx"
-    spec = spec_of(job.preprocess)
+    exported = Exported(
+        job.model, job.data.kind, job.data.problem, job.data.classes, job.preprocess, job.target_scale,
+        run_metadata(run.path, result.metrics),
+    )  # fmt: skip
     job.model.cpu()
     try:
         with timed(run.seconds, "export"):
-            export_onnx(
-                job.model, job.example.inputs, path, classes=job.data.classes, task=job.task, kind=job.data.kind,
-                preprocess=spec, metadata=run_metadata(run.path.name, job.data.train.columns),
-            )  # fmt: skip
+            write_onnx(exported, job.example.inputs, path)
         with timed(run.seconds, "parity"):
-            parity = compare(job, path, run / "parity.json")
+            parity = compare(job, path, run / "parity.json", None if kept is None else kept.known())
     except PyftError as error:
         raise ExportError(
             f"{error}. The tuned model and its metrics are safe: {run / 'model.safetensors'}, {run / 'metrics.json'}; "
@@ -441,15 +459,12 @@ def export_tuned(job: Job, run: RunDir, result: Result, show: Progress) -> None:
     result.onnx, result.parity = path, parity.to_dict()
 
 
-def compare(job: Job, path: Path, report: Path) -> Parity:
-    """The exported file against the model on validation samples, or on training samples where there are none."""
-    samples = job.data.val if job.data.val is not None else job.data.train
-    if len(samples) > PARITY_SAMPLES:
-        samples = samples.subset(torch.linspace(0, len(samples) - 1, PARITY_SAMPLES).long())
-    batches = Batches(samples, job.preprocess, EVALUATION_BATCH, shuffle=False)
-    return check_parity(
-        lambda inputs: call_model(job.model, inputs), path, batches.epoch(0),
-        problem=job.data.problem, classes=job.data.classes, report=report,
+def compare(job: Job, path: Path, report: Path, known: Known | None) -> Parity:
+    """The exported file against the model on all validation samples, or training samples where there are none."""
+    samples, known = (job.data.train, None) if job.data.val is None else (job.data.val, known)
+    return prove(
+        path, job.model, samples, job.preprocess, problem=job.data.problem, classes=job.data.classes, report=report,
+        known=known, batch_size=EVALUATION_BATCH, to_value=job.in_own_unit,
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from pyft.core.loader import load_core
 from pyft.core.memory import free_memory
 from pyft.errors import ConfigError
 from pyft.freezing.no_trace import no_trace
-from pyft.job import Job, autocast, given_back_on_error, inspect, to_device
+from pyft.job import Job, autocast, inspect, to_device
 from pyft.models.call import call_model
 from pyft.run_dir import FREE_ARGUMENTS
 from pyft.samples import Batch
@@ -33,6 +33,7 @@ from pyft.training.optimizers import build_optimizer
 from pyft.training.progress import SilentProgress, duration
 from pyft.training.settings import stage_lr
 from pyft.training.stages import Stage
+from pyft.untouched import given_back_on_error
 
 TIMED_BATCHES = 4
 """Batches of each sort that are timed, spread over an epoch: texts have many lengths."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from pyft.samples import Kind, Problem
 if TYPE_CHECKING:
     from pyft.evaluation.metrics import Metrics
     from pyft.freezing.plan import FreezePlan
+    from pyft.target_scale import TargetScale
 
 MAIN_METRICS = ("accuracy", "macro_f1", "exact_match", "micro_f1", "rmse", "mae", "r2", "loss")
 """What is shown of the metrics after each epoch and in the short table."""
@@ -25,7 +27,8 @@ class Result:
     """A tuned model and everything that was learned about it. Printing it gives a short table and the next commands.
 
     Attributes:
-        model: the tuned module, in eval mode; the same object that was given to `finetune`, tuned in place.
+        model: the tuned module, in eval mode; the same object that was given to `finetune`, tuned in place. Where there
+            is a `target_scale`, it gives (y - mean) / std; `target_scale.unscale(model(x))` is y.
         metrics: final values: "val_accuracy", "val_macro_f1", "val_loss", ..., and "test_..." given a test set.
         history: one dict per epoch: stage, epoch, step, lr, train_loss, val_..., seconds.
         per_class: precision, recall, f1, support of each class, on the test set if given, else on validation data.
@@ -38,6 +41,8 @@ class Result:
         seconds: time spent per part of the story.
         notes: what was said about the data and the model.
         columns: names of the table columns that the model takes, in its order; None for other data.
+        target_scale: mean and std of the training targets, by which a regression was scaled; None: it was not. Metrics,
+            `history`, `predict` and `evaluate` are in the targets' own unit.
     """
 
     model: nn.Module
@@ -57,6 +62,7 @@ class Result:
     preprocess: Any = None
     data_source: str | None = None
     columns: tuple[str, ...] | None = None
+    target_scale: TargetScale | None = None
 
     def predict(self, raw: Any, *, batch_size: int = 64) -> list[dict[str, Any]]:
         """Predictions for raw samples, as `pyft.predict` gives them."""
@@ -71,6 +77,12 @@ class Result:
         from pyft.evaluate import evaluate
 
         return evaluate(self, data, backend=backend, batch_size=batch_size, **columns)
+
+    def export_onnx(self, path: str | os.PathLike[str], **words: Any) -> Path:
+        """The model as an ONNX file at `path`, proven on the run's validation data; words as of `pyft.export_onnx`."""
+        from pyft.export_model import export_onnx
+
+        return export_onnx(self, path, **words)
 
     def next_commands(self) -> list[str]:
         """Commands that use what the run has left behind: for the shell, or Python where a function has to be given."""
