@@ -356,12 +356,13 @@ def stage_evaluation(job: Job, call: Call, batches: BatchSource) -> Callable[[],
 
 def score(job: Job, call: Call, batches: BatchSource, kept: KeptLogits | None = None) -> Metrics:
     """Metrics of the model as it is."""
-
-    def logits(inputs: Any) -> Any:
-        return call(job.model, to_device(inputs, job.device))
-
-    run, epoch = (logits, batches.epoch(0)) if kept is None else (kept.call(logits), kept.batches(batches.epoch(0)))
-    return evaluate_batches(lambda inputs: job.in_own_unit(run(inputs)), epoch, job.data.problem, job.data.classes)
+    keep = KeptLogits(0) if kept is None else kept
+    return evaluate_batches(
+        lambda inputs: job.in_own_unit(keep.put(call(job.model, to_device(inputs, job.device)))),
+        keep.batches(batches.epoch(0)),
+        job.data.problem,
+        job.data.classes,
+    )
 
 
 def resume_hint(job: Job, run: RunDir) -> str:

@@ -15,7 +15,7 @@ from proof_models import net, pictures, preprocess, tokenizer_json  # noqa: E402
 
 from pyft.export.bisect import _Search, first_difference  # noqa: E402
 from pyft.export.graph import put_before  # noqa: E402
-from pyft.export.onnx import export_onnx  # noqa: E402
+from pyft.export.onnx import export_module  # noqa: E402
 from pyft.export.raw_text import text_front  # noqa: E402
 from pyft.export.reference import graph_values, reference_of  # noqa: E402
 
@@ -32,7 +32,7 @@ def x():
 
 @pytest.fixture(scope="module")
 def good(model, x, tmp_path_factory):
-    return export_onnx(model, x, tmp_path_factory.mktemp("bisect") / "model.onnx")
+    return export_module(model, x, tmp_path_factory.mktemp("bisect") / "model.onnx")
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_value_that_pytorch_does_not_have(tmp_path):
     # A Linear on (B, T, F) becomes MatMul and Add, and PyTorch has the sum only.
     torch.manual_seed(0)
     steps, x = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).eval(), torch.randn(2, 5, 6)
-    path = export_onnx(steps, x, tmp_path / "steps.onnx")
+    path = export_module(steps, x, tmp_path / "steps.onnx")
     matmul = [node for node in onnx.load(path).graph.node if node.op_type == "MatMul"][1]
     assert matmul.output[0] not in reference_of(steps, x).torch_values(x)
 
@@ -195,7 +195,7 @@ def bag(tmp_path_factory):
     made, ids = Bag().eval(), torch.tensor([[5, 6, 0, 0], [7, 8, 9, 4]])
     inputs = {"input_ids": ids, "attention_mask": (ids != 0).long()}
     REFERENCES[id(made)] = reference_of(made, inputs)
-    return made, inputs, export_onnx(made, inputs, tmp_path_factory.mktemp("bag") / "bag.onnx")
+    return made, inputs, export_module(made, inputs, tmp_path_factory.mktemp("bag") / "bag.onnx")
 
 
 @pytest.mark.parametrize("pad_id", [0, 3])
@@ -220,5 +220,5 @@ def test_what_cannot_be_looked_at_gives_nothing(model, good, x, tmp_path):
 
     assert first_difference(Unexportable(), good, x, x.numpy()) is None
     # A file that does not run on this batch.
-    other = export_onnx(nn.Flatten(), torch.zeros(2, 3, 4, 4), tmp_path / "other.onnx")
+    other = export_module(nn.Flatten(), torch.zeros(2, 3, 4, 4), tmp_path / "other.onnx")
     assert first_difference(model, other, x, x.numpy()) is None

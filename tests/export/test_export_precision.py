@@ -16,12 +16,10 @@ onnx = pytest.importorskip("onnx", reason="pip install 'pyft[onnx]'")
 from proof_models import front, preprocess, tokenizer_json  # noqa: E402
 
 from pyft.errors import ConfigError, DataError, ExportError  # noqa: E402
-from pyft.export.graph import put_before, put_behind  # noqa: E402
-from pyft.export.onnx import export_onnx  # noqa: E402
-from pyft.export.outputs import outputs_of  # noqa: E402
+from pyft.export.graph import put_before  # noqa: E402
+from pyft.export.onnx import export_module  # noqa: E402
 from pyft.export.precision import lower_precision  # noqa: E402
 from pyft.export.quantize import outer_nodes, to_int8_dynamic, weights_of  # noqa: E402
-from pyft.export.raw_text import text_front  # noqa: E402
 from pyft.export.run import OnnxModel  # noqa: E402
 from pyft.export.sensitivity import groups_of, ranked_groups  # noqa: E402
 
@@ -63,11 +61,9 @@ def words(tmp_path_factory):
     model = Words().eval()
     ids = torch.randint(1, 2000, (64, 9), generator=torch.Generator().manual_seed(1))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    path = export_onnx(model, inputs, tmp_path_factory.mktemp("words") / "m.onnx", classes=CLASSES, kind="text")
-    proto = onnx.load(path)
-    put_before(proto, text_front({"kind": "text", "pad_id": 0, "tokenizer": tokenizer_json(["a", "b"])}, list(inputs)))
-    put_behind(proto, outputs_of("classification", ["batch", 5], CLASSES))
-    path.write_bytes(proto.SerializeToString())
+    spec = {"kind": "text", "pad_id": 0, "tokenizer": tokenizer_json(["a", "b"])}
+    path = tmp_path_factory.mktemp("words") / "m.onnx"
+    export_module(model, inputs, path, inputs="raw", classes=CLASSES, preprocess=spec)
     return path, [{"input_ids": part.numpy()} for part in ids.split(32)]
 
 
@@ -76,7 +72,9 @@ def filters(tmp_path_factory):
     torch.manual_seed(0)
     model = Filters().eval()
     raw = np.random.default_rng(0).integers(0, 256, (64, 12, 12, 3)).astype(np.uint8)
-    path = export_onnx(model, torch.randn(2, 3, 12, 12), tmp_path_factory.mktemp("filters") / "m.onnx", classes=CLASSES)
+    path = export_module(
+        model, torch.randn(2, 3, 12, 12), tmp_path_factory.mktemp("filters") / "m.onnx", classes=CLASSES
+    )
     proto = onnx.load(path)
     put_before(proto, front())
     path.write_bytes(proto.SerializeToString())
@@ -220,7 +218,7 @@ def sharp(tmp_path_factory):
     torch.manual_seed(3)
     model = Sharp().eval()
     x = torch.randn(256, 16, generator=torch.Generator().manual_seed(1))
-    path = export_onnx(model, x[:4], tmp_path_factory.mktemp("sharp") / "m.onnx")
+    path = export_module(model, x[:4], tmp_path_factory.mktemp("sharp") / "m.onnx")
     return path, [{"input": part.numpy()} for part in x.split(64)]
 
 
