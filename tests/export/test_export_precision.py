@@ -274,6 +274,25 @@ def test_refusal_with_the_table(words):
     assert str(table) in str(raised.value)
 
 
+class Recurrent(nn.Module):
+    """Most weights are in an LSTM, which no way reaches."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(16, 32, batch_first=True)
+        self.head = nn.Linear(32, 16)
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+def test_file_that_would_hardly_shrink_is_refused(tmp_path):
+    path = export_module(Recurrent().eval(), torch.randn(2, 6, 16), tmp_path / "m.onnx")
+    feeds = [{"input": np.random.default_rng(0).normal(size=(8, 6, 16)).astype(np.float32)}]
+    with pytest.raises(ExportError, match=r"int8 dynamic +not tried: reaches \d% of the weights"):
+        lower((path, feeds), "int8", metric=lambda model: 1.0)
+
+
 @pytest.mark.parametrize(
     ("values", "higher", "holds"),
     [((0.9, 0.895), True, True), ((0.9, 0.885), True, False), ((200.0, 201.0), False, True),
