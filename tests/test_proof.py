@@ -24,7 +24,8 @@ from pyft.errors import ExportError  # noqa: E402
 from pyft.export.onnx import export_module  # noqa: E402
 from pyft.export.parity import Known  # noqa: E402
 from pyft.models.call import call_model  # noqa: E402
-from pyft.proof import KeptLogits, in_precision, lower, prove, raw_inputs  # noqa: E402
+from pyft.onnx_runtime.feed import Feed  # noqa: E402
+from pyft.proof import KeptLogits, in_precision, lower, prove, raw_inputs, repeatable  # noqa: E402
 from pyft.samples import Batch, Samples  # noqa: E402
 
 CLASSES = ["good", "bad", "plain"]
@@ -298,3 +299,21 @@ def test_too_many_logits_are_not_kept(monkeypatch):
 def test_columns_by_name():
     samples = Samples("array", torch.tensor([[1.0, 2.0], [3.0, 4.0]]), None, columns=("a", "b"))
     assert {name: values.tolist() for name, values in raw_inputs(samples).items()} == {"a": [1, 3], "b": [2, 4]}
+
+
+@pytest.mark.parametrize(("limit", "times"), [(2**20, 1), (1000, 3)])
+def test_batches_are_kept_while_they_are_small(monkeypatch, limit, times):
+    monkeypatch.setattr("pyft.proof.KEPT_BYTES", limit)
+    made = []
+
+    def make():
+        made.append(0)
+        for number in range(3):
+            yield Feed({"input": np.full((4, 25), number, np.float32)}, np.arange(4) + 4 * number)
+
+    again = repeatable(make)
+    for _ in range(2):
+        found = list(again())
+        assert [float(feed.inputs["input"][0, 0]) for feed in found] == [0, 1, 2]
+        assert np.concatenate([feed.index for feed in found]).tolist() == list(range(12))
+    assert len(made) == times
