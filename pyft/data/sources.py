@@ -7,61 +7,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from pyft.data.arrays import dataset_samples, is_frame, loader_dataset, pair_samples
+from pyft.data.arrays import dataset_samples, loader_dataset, with_tensors
 from pyft.data.checks import check_classes, check_samples
-from pyft.data.features import table_samples
 from pyft.data.fingerprint import fingerprint
-from pyft.data.folders import IMAGE_SUFFIXES, folder_samples, holds_images, sub_folders
-from pyft.data.raw import Raw, check_exists, listed, nearest
+from pyft.data.folders import holds_images, sub_folders
+from pyft.data.raw import Raw, listed, nearest
+from pyft.data.reading import ROLES, check_set, in_form, is_dataset, one_set, read_arrays
 from pyft.data.splits import split_samples
 from pyft.data.table_rows import TableForm, TableRows
-from pyft.data.tables import TABLE_SUFFIXES, frame_table, mapping_table, read_table
+from pyft.data.tables import TABLE_SUFFIXES
 from pyft.data.targets import make_targets
-from pyft.errors import ConfigError, DataError
+from pyft.data.task import parse_task
+from pyft.errors import DataError
 from pyft.samples import Data, Kind, Problem, Samples
-
-KINDS: dict[str, Kind] = {"text": "text", "image": "image", "tabular": "array", "array": "array"}
-PROBLEMS: dict[str, Problem] = {
-    "classification": "classification",
-    "multilabel": "multilabel",
-    "regression": "regression",
-}
-ROLES = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "eval": "val",
-    "test": "test",
-    "testing": "test",
-}
-
-
-def parse_task(task: str) -> tuple[Kind | None, Problem | None]:
-    """Kind and problem that a task word names; None for what is left to be seen from the data.
-
-    Raises:
-        ConfigError: the word is not known.
-
-    >>> parse_task("text-classification"), parse_task("regression"), parse_task("auto")
-    (('text', 'classification'), (None, 'regression'), (None, None))
-    """
-    word = str(task).strip().lower().replace("_", "-").replace(" ", "-")
-    if word == "auto":
-        return None, None
-    kind, _, problem = word.rpartition("-")
-    if problem in PROBLEMS and (kind in KINDS or not kind):
-        return KINDS.get(kind), PROBLEMS[problem]
-    if word in KINDS:
-        return KINDS[word], None
-    words = ["auto", *PROBLEMS, *(f"{kind}-{problem}" for kind in ("text", "image", "tabular") for problem in PROBLEMS)]
-    raise ConfigError(f"task={task!r}: expected one of {', '.join(words)}{nearest(word, words)}")
 
 
 def load_data(
@@ -260,115 +221,20 @@ def read_source(
     labels_required: bool,
     columns: Sequence[str] | TableForm | None = None,
 ) -> Raw:
-    """The samples of one set, labels as they came; of a table the features `columns`, where these are known.
+    """The samples of one set, labels as they came, numbers as a Tensor; of a table the features `columns`, where known.
 
     Raises:
         DataError: the source cannot be read, or its type is not supported.
     """
-    raw = _read(source, kind, text_column, label_column, labels_required, columns)
-    form = TableForm.of(columns)
-    if form.raw and raw.kind == "array" and not isinstance(raw.inputs, TableRows):
-        if form.words:
-            raise DataError(
-                f"{raw.name}: holds numbers without names, the model takes words in {listed(form.words)}; give a table"
-            )
-        raw.inputs = TableRows.from_matrix(raw.inputs, form.columns, raw.name)
-        raw.columns = raw.inputs.names
-    return raw
-
-
-def _read(
-    source: Any,
-    kind: Kind | None,
-    text_column: str | None,
-    label_column: str | None,
-    labels_required: bool,
-    columns: Sequence[str] | TableForm | None,
-) -> Raw:
-    if isinstance(source, str | os.PathLike):
-        return _path_samples(Path(source), kind, text_column, label_column, labels_required, columns)
     if isinstance(source, DataLoader):
         dataset, notes = loader_dataset(source)
         raw = dataset_samples(dataset, kind)
         raw.notes = notes + raw.notes
-        return raw
-    if isinstance(source, TableRows):
-        names = TableForm.of(columns).columns or source.names
-        return Raw("array", source.select(names, "the rows"), None, "the rows", columns=tuple(names))
-    if isinstance(source, Mapping):
-        source = mapping_table(source, "the dict")
-        return _with_tensors(table_samples(source, kind, text_column, label_column, labels_required, columns))
-    if is_frame(source):
-        table = frame_table(source, "DataFrame")
-        return _with_tensors(table_samples(table, kind, text_column, label_column, labels_required, columns))
-    two_arrays = (
-        labels_required
-        and isinstance(source, list)
-        and len(source) == 2
-        and all(hasattr(part, "shape") for part in source)
-    )
-    if isinstance(source, tuple) or two_arrays:
-        if len(source) != 2 or isinstance(source[0], tuple):
-            raise DataError(
-                f"data: expected (X, y), got a tuple of {len(source)}; "
-                f"for several sets give {{'train': (X, y), 'val': (X, y)}}"
-            )
-        return pair_samples(source[0], source[1], kind, columns=columns)
-    return _sequence_samples(source, kind, labels_required)
-
-
-def _with_tensors(raw: Raw) -> Raw:
-    """Numbers, which the readers give as arrays, as a Tensor."""
-    if isinstance(raw.inputs, np.ndarray):
-        raw.inputs = torch.from_numpy(raw.inputs)
-    return raw
-
-
-def _sequence_samples(source: Any, kind: Kind | None, labels_required: bool) -> Raw:
-    is_pairs = (
-        isinstance(source, list) and bool(source) and all(isinstance(item, tuple) and len(item) == 2 for item in source)
-    )
-    plain = isinstance(source, list) or hasattr(source, "shape")
-    if plain and not is_pairs:
-        if labels_required:
-            raise DataError("data: there are no labels; give (X, y)")
-        return pair_samples(source, None, kind, "data")
-    if isinstance(source, IterableDataset) or (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
-        return dataset_samples(source, kind)
-    if hasattr(source, "__iter__"):
-        raise DataError(
-            f"data: {type(source).__name__} can only be read in a row; give a list, (X, y), or a map-style Dataset "
-            f"(__len__ and __getitem__)"
-        )
-    raise DataError(
-        f"data: got {type(source).__name__}; expected a path, a folder, (X, y), a Dataset, a DataLoader, a "
-        f"DataFrame, or a dict with 'train'"
-    )
-
-
-def _path_samples(
-    path: Path,
-    kind: Kind | None,
-    text_column: str | None,
-    label_column: str | None,
-    labels_required: bool,
-    columns: Sequence[str] | TableForm | None,
-) -> Raw:
-    check_exists(path, "data")
-    if path.is_dir():
-        if kind not in (None, "image"):
-            raise DataError(
-                f"{path}: this task needs a .tsv or .csv file, or a folder with train.tsv; this folder has none"
-            )
-        return folder_samples(path, labels_required=labels_required)
-    if path.suffix.lower() in TABLE_SUFFIXES:
-        return _with_tensors(table_samples(read_table(path), kind, text_column, label_column, labels_required, columns))
-    if path.suffix.lower() in IMAGE_SUFFIXES and not labels_required:
-        return Raw("image", [path], None, path.name)
-    raise DataError(
-        f"{path}: expected a .tsv or .csv file, or a folder; got a file named {path.suffix or 'without a suffix'}; "
-        f"rename or convert it"
-    )
+    elif isinstance(source, IterableDataset) or is_dataset(source):
+        raw = dataset_samples(source, kind)
+    else:
+        raw = read_arrays(source, kind, text_column, label_column, labels_required=labels_required, columns=columns)
+    return with_tensors(in_form(raw, columns))
 
 
 def load_samples(
@@ -396,28 +262,12 @@ def load_samples(
         DataError: as `load_data`; a label that `classes` lacks is named with its nearest; a text is blank, or a
             number NaN or infinite. Images are decoded, and so checked, when their batch is made.
     """
-    if isinstance(source, Mapping) and (columns is None or set(source) <= set(ROLES)):
-        raise DataError(f"data: expected one set, got a dict with {listed(list(source))}; give one of its values")
     ignored = labels == "ignored"
-    if isinstance(source, str) and ignored and kind == "text" and not _looks_like_path(source):
-        source = [source]
-    if isinstance(source, str | os.PathLike) and Path(source).is_dir() and kind != "image":
-        tables = sorted(entry.name for entry in Path(source).iterdir() if entry.suffix.lower() in TABLE_SUFFIXES)
-        raise DataError(
-            f"{source}: expected one set, got a folder"
-            + (f" with {listed(tables)}; give one of these files" if tables else " without a table")
-        )
+    source = one_set(source, kind, ignored, columns)
     raw = read_source(source, kind, text_column, label_column, labels_required=not ignored, columns=columns)
-    if raw.kind != kind and not (raw.kind == "array" and kind == "image"):
-        raise DataError(f"{raw.name}: holds {raw.kind} inputs, the model takes {kind} inputs")
-    if raw.labels is None and not ignored:
-        raise DataError(f"{raw.name}: no labels; give (X, y), or a table with a label column")
+    check_set(raw, kind, ignored)
     targets = None if ignored else torch.from_numpy(make_targets(raw, problem, classes).values)
     samples = Samples(raw.kind, raw.inputs, targets, raw.name, raw.columns)
     if raw.kind != "image":
         check_samples(samples, raw.name)
     return samples
-
-
-def _looks_like_path(text: str) -> bool:
-    return text.lower().endswith(TABLE_SUFFIXES) or (len(text) < 4096 and "\n" not in text and Path(text).exists())

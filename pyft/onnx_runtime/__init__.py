@@ -1,1 +1,14 @@
-"""Running and judging an exported file with NumPy and onnxruntime alone; torch is never imported."""
+"""Running and judging an exported file with NumPy and onnxruntime alone; torch is never imported.
+
+>>> from pyft import onnx_runtime
+>>> onnx_runtime.load.__name__
+'load'
+"""
+
+from pyft.onnx_runtime.evaluation import Evaluation as Evaluation
+from pyft.onnx_runtime.evaluation import evaluate as evaluate
+from pyft.onnx_runtime.evaluation import load as load
+from pyft.onnx_runtime.evaluation import predict as predict
+from pyft.onnx_runtime.speed import Speed as Speed
+
+__all__ = ["Evaluation", "Speed", "evaluate", "load", "predict"]

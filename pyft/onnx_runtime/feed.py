@@ -16,6 +16,7 @@ from pyft.data.features import feature_matrix
 from pyft.data.pairs import as_array
 from pyft.data.pictures import cropped_pixels, normalised, upright
 from pyft.data.raw import listed, nearest
+from pyft.data.table_rows import TableRows
 from pyft.data.tables import Table
 from pyft.data.text import TextPreprocess, gather_rows
 from pyft.errors import ConfigError, DataError
@@ -50,8 +51,8 @@ def feeds(model: OnnxModel, raw: Any, *, batch_size: int = 64) -> Iterator[Feed]
 
     Args:
         model: the file.
-        raw: list of N texts; list of N paths, PIL images or uint8 arrays (H, W, 3); dict of column name to N values;
-            array (N, ...) of numbers.
+        raw: list of N texts; list of N paths, PIL images or uint8 arrays (H, W, 3); dict of column name to N values,
+            or `TableRows`; array (N, ...) of numbers.
         batch_size: samples at a time; fewer where sizes differ.
 
     Raises:
@@ -63,6 +64,8 @@ def feeds(model: OnnxModel, raw: Any, *, batch_size: int = 64) -> Iterator[Feed]
         raise ConfigError(f"batch_size={batch_size!r}: expected a whole number of 1 or more")
     if isinstance(raw, str | bytes):
         raise ConfigError("raw: expected a list of samples, got one text; give [text]")
+    if isinstance(raw, TableRows):
+        raw = raw.columns
     if isinstance(raw, Mapping):
         return _column_feeds(model, raw, int(batch_size))
     if not hasattr(raw, "__len__"):
@@ -172,7 +175,9 @@ def _column_part(value: OnnxValue, cells: Any, first: int) -> NDArray[Any]:
         first: number of the first row, for messages.
     """
     if value.dtype == np.object_:
-        return np.array(["" if _is_missing(cell) else str(cell) for cell in _cells(cells)], dtype=np.object_)
+        # Blanks are a word like any other, as in training.
+        words = ["" if cell is None or cell != cell else str(cell) for cell in _cells(cells)]
+        return np.array(words, dtype=np.object_)
     if len(value.shape) == 1 and value.dtype.kind == "f":
         cells = _cells(cells)
         array = cells if _is_number_array(cells) else _numbers(value.name, cells, first)
@@ -198,7 +203,7 @@ def _numbers(name: str, cells: Sequence[Any], first: int) -> NDArray[np.float64]
 
 def _is_missing(cell: Any) -> bool:
     # NaN is the only value that differs from itself; pandas writes missing text so.
-    return cell is None or (not isinstance(cell, str) and cell != cell) or (isinstance(cell, str) and not cell.strip())
+    return cell is None or cell != cell
 
 
 def _cells(values: Any) -> Any:
@@ -295,8 +300,9 @@ def _ahead(items: Sequence[Any], make: Callable[[Any], Any], most: int) -> Itera
     pool = ThreadPoolExecutor(THREADS, thread_name_prefix="pyft-feed")
     coming: deque[Future[Any]] = deque()
     try:
-        for item in items:
-            coming.append(pool.submit(make, item))
+        # By number: a Dataset has a length, and need not say where it ends otherwise.
+        for number in range(len(items)):
+            coming.append(pool.submit(make, items[number]))
             if len(coming) >= most:
                 yield coming.popleft().result()
         while coming:
