@@ -56,4 +56,4 @@ def _exported(run: Path, target: Path, words: dict[str, Any]) -> Iterator[str]:
     yield f"{path} ({path.stat().st_size / 1e6:.1f} MB)"
     if parity is not None and samples is not None:
         yield str(parity)
-        yield f"compared on {len(samples)} samples: {samples.name}"
+        yield f"compared on {len(samples)} {samples.name}"

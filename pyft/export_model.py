@@ -229,7 +229,7 @@ def stand_ins(preprocess: Any) -> Samples | None:
     """Samples that any model of texts or pictures takes; None for other data."""
     kind = spec_of(preprocess).get("kind") if preprocess is not None else None
     if kind == "text":
-        return Samples("text", TEXTS, None, "texts of pyft's own")
+        return Samples("text", TEXTS, None, "texts of pyft's own, as there is no data to read")
     if kind == "image":
         image = need("PIL.Image", "image", "reading images")
         generator = torch.Generator().manual_seed(0)
@@ -278,7 +278,9 @@ def run_samples(config: Mapping[str, Any], preprocess: Any) -> Samples:
     keys = ("task", "val", "stratify", "seed", "text_column", "label_column")
     form = table_form(config["data"].get("columns"), preprocess)
     data = load_data(arguments["data"], **{key: arguments[key] for key in keys}, form=form)
-    return data.train if data.val is None else data.val
+    if data.val is None:
+        return replace(data.train, name="training samples")
+    return replace(data.val, name="validation samples")
 
 
 # ---------------------------------------------------------------- what is exported

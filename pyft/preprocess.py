@@ -34,7 +34,8 @@ def wanted_form(preprocess: Any, model: Any) -> TableForm | None:
     from pyft.run_dir import is_run, read_config, read_preprocess
 
     if preprocess is None and isinstance(model, (str, Path)) and is_run(model):
-        return table_form(read_config(model)["data"].get("columns"), read_preprocess(model))
+        columns = read_config(model)["data"].get("columns")
+        return None if columns is None else table_form(columns, read_preprocess(model))
     if preprocess == "table" or (isinstance(preprocess, Mapping) and preprocess.get("kind") == "table"):
         preprocess = TablePreprocess() if preprocess == "table" else TablePreprocess.from_spec(preprocess)
     return preprocess.form() if isinstance(preprocess, TablePreprocess) else None

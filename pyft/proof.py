@@ -28,7 +28,7 @@ from pyft.samples import Batch, Problem, Samples
 BATCH_SIZE = 64
 CALIBRATION_SAMPLES = 256
 KEPT_BYTES = 2**28
-"""Logits of an evaluation are kept for the proof while they take less than this."""
+"""Logits of an evaluation are kept for the proof while they take less than this, and batches for measuring again."""
 
 MAIN_METRIC = {"classification": "accuracy", "multilabel": "micro_f1", "regression": "rmse"}
 
@@ -117,14 +117,13 @@ def in_precision(
     few = calibration or samples
     few = few.subset(torch.linspace(0, len(few) - 1, min(len(few), CALIBRATION_SAMPLES)).long())
     targets = to_numpy(samples.targets)
-    # Pictures and tokens are made once, as every candidate is measured on the same.
-    made = [(feed.inputs, targets[feed.index]) for feed in file_feeds(opened, samples, preprocess, batch_size)]
+    made = repeatable(lambda: file_feeds(opened, samples, preprocess, batch_size))
 
     def measure(model: OnnxModel) -> float:
         counter = make_counter(problem, classes)
-        for inputs, wanted in made:
-            logits = model(inputs)
-            counter.update(wanted, logits if to_value is None else to_value(logits))
+        for feed in made():
+            logits = model(feed.inputs)
+            counter.update(targets[feed.index], logits if to_value is None else to_value(logits))
         return counter.metrics()[name]
 
     return lower_precision(
@@ -187,6 +186,18 @@ def file_feeds(model: OnnxModel, samples: Samples, preprocess: Any, batch_size: 
     for batch in Batches(samples, preprocess, batch_size, shuffle=False).epoch(0):
         inputs = batch.inputs if isinstance(batch.inputs, dict) else {model.inputs[0].name: batch.inputs}
         yield Feed({name: to_numpy(values) for name, values in inputs.items()}, to_numpy(batch.index))
+
+
+def repeatable(make: Callable[[], Iterable[Feed]]) -> Callable[[], Iterable[Feed]]:
+    """A function that gives the same batches each time: kept ones while they take less than 256 MB, else made anew."""
+    kept: list[Feed] = []
+    num_bytes = 0
+    for feed in make():
+        num_bytes += sum(array.nbytes for array in feed.inputs.values())
+        if num_bytes > KEPT_BYTES:
+            return make
+        kept.append(feed)
+    return lambda: kept
 
 
 def _opened(path: str | Path, provider: str | None) -> OnnxModel | str | Path:

@@ -21,13 +21,11 @@ from pyft.data.batches import Batches  # noqa: E402
 from pyft.data.images import ImagePreprocess  # noqa: E402
 from pyft.data.text import TextPreprocess  # noqa: E402
 from pyft.errors import ExportError  # noqa: E402
-from pyft.export.front import front_of  # noqa: E402
-from pyft.export.graph import put_before, put_behind  # noqa: E402
 from pyft.export.onnx import export_module  # noqa: E402
-from pyft.export.outputs import outputs_of  # noqa: E402
 from pyft.export.parity import Known  # noqa: E402
 from pyft.models.call import call_model  # noqa: E402
-from pyft.proof import KeptLogits, in_precision, lower, prove, raw_inputs  # noqa: E402
+from pyft.onnx_runtime.feed import Feed  # noqa: E402
+from pyft.proof import KeptLogits, in_precision, lower, prove, raw_inputs, repeatable  # noqa: E402
 from pyft.samples import Batch, Samples  # noqa: E402
 
 CLASSES = ["good", "bad", "plain"]
@@ -35,17 +33,10 @@ WORDS = ["fine", "bad", "very", "not", "so", "film", "book", "the"]
 
 
 def raw_file(model, samples, preprocess, path, spec=None):
-    """A file that takes the samples as they are; `spec` is what the graph in front is made of."""
+    """A file that takes the samples as they are; `spec` changes what the graph in front is made of."""
     example = next(iter(Batches(samples.subset(range(4)), preprocess, 4, shuffle=False).epoch(0))).inputs
-    export_module(
-        model, example, path, classes=CLASSES, preprocess=preprocess.spec(), metadata={"pyft.inputs_form": "raw"},
-    )  # fmt: skip
-    proto = onnx.load(path)
-    names = list(example) if isinstance(example, dict) else ["input"]
-    put_before(proto, front_of("raw", {**preprocess.spec(), **(spec or {})}, names))
-    put_behind(proto, outputs_of("classification", ["batch", 3], CLASSES))
-    path.write_bytes(proto.SerializeToString())
-    return path
+    made_of = {**preprocess.spec(), **(spec or {})}
+    return export_module(model, example, path, inputs="raw", classes=CLASSES, preprocess=made_of)
 
 
 class Bag(nn.Module):
@@ -209,10 +200,8 @@ def test_value_in_the_unit_of_the_target(tmp_path):
     to_value = lambda logits: logits * np.float32(20) + np.float32(100)  # noqa: E731
     with torch.no_grad():
         samples = Samples("array", x, torch.from_numpy(to_value(model(x).numpy())[:, 0]) + torch.randn(50))
-    path = export_module(model, x[:3], tmp_path / "model.onnx", task="regression")
-    proto = onnx.load(path)
-    put_behind(proto, outputs_of("regression", ["batch", 1], target={"mean": 100.0, "std": 20.0}))
-    path.write_bytes(proto.SerializeToString())
+    target = {"mean": 100.0, "std": 20.0}
+    path = export_module(model, x[:3], tmp_path / "model.onnx", task="regression", target=target)
     parity = prove(path, model, samples, None, problem="regression", classes=None, to_value=to_value)
     assert parity.outputs == ("value",)
     wanted = metrics.root_mean_squared_error(samples.targets, to_value(model(x).detach().numpy())[:, 0])
@@ -310,3 +299,21 @@ def test_too_many_logits_are_not_kept(monkeypatch):
 def test_columns_by_name():
     samples = Samples("array", torch.tensor([[1.0, 2.0], [3.0, 4.0]]), None, columns=("a", "b"))
     assert {name: values.tolist() for name, values in raw_inputs(samples).items()} == {"a": [1, 3], "b": [2, 4]}
+
+
+@pytest.mark.parametrize(("limit", "times"), [(2**20, 1), (1000, 3)])
+def test_batches_are_kept_while_they_are_small(monkeypatch, limit, times):
+    monkeypatch.setattr("pyft.proof.KEPT_BYTES", limit)
+    made = []
+
+    def make():
+        made.append(0)
+        for number in range(3):
+            yield Feed({"input": np.full((4, 25), number, np.float32)}, np.arange(4) + 4 * number)
+
+    again = repeatable(make)
+    for _ in range(2):
+        found = list(again())
+        assert [float(feed.inputs["input"][0, 0]) for feed in found] == [0, 1, 2]
+        assert np.concatenate([feed.index for feed in found]).tolist() == list(range(12))
+    assert len(made) == times

@@ -93,8 +93,10 @@ def first_difference(
         row: the sample of the batch that differs most, looked at first alone; None: the batch.
 
     Returns:
-        None where no value differs, where the model cannot be exported, or where the file cannot be run or holds
-        2 GiB and more.
+        None where no value differs, where the file does not run on these inputs, or holds 2 GiB and more.
+
+    Raises:
+        Exception: whatever the exporter raises where it cannot export the module.
     """
     onnx = need("onnx", "onnx", "looking into an ONNX file")
     from pyft.export.reference import reference_of
@@ -104,10 +106,7 @@ def first_difference(
         return None
     if not isinstance(feed, Mapping):
         feed = {proto.graph.input[0].name: feed}
-    try:
-        reference = reference_of(module, inputs)
-    except Exception:
-        return None
+    reference = reference_of(module, inputs)
     rows = [] if row is None else [np.array([row])]
     for chosen in [*rows, None]:
         here = (inputs, feed) if chosen is None else (take_rows(inputs, chosen), take_rows(feed, chosen))
@@ -162,11 +161,12 @@ class _Search:
             if name in self.feed and (apart := _apart(self.torch[name], np.asarray(self.feed[name]))) > NOISE:
                 return FirstDifference("input", "", "", name, after=apart)
         order = [name for node in self.proto.graph.node for name in node.output if name in self.compared]
-        if not order:
+        if "logits" not in order:
             return None
+        order = order[: order.index("logits") + 1]
         found = graph_values(self.proto, order, self.feed, self.provider)
         distances = {name: _apart(self.compared[name], found[name]) for name in order}
-        final = distances.get("logits", 1.0)
+        final = distances["logits"]
         limit, before = _limit(final), 0.0
         for name in order if final > SAME else ():
             if not distances[name] <= limit:

@@ -380,7 +380,12 @@ def _with_first_difference(parity: Parity, module: nn.Module, model: OnnxModel, 
     inputs, feed, row = comparison.worst_call or (None, None, 0)
     if inputs is None or model.path is None:
         return parity
-    found = first_difference(module, model.path, inputs, feed, row)
+    try:
+        found = first_difference(module, model.path, inputs, feed, row, provider=model.provider)
+    except Exception as error:
+        # The failure itself must be told, whatever happens on the way to its cause.
+        reason = f"{parity.failure}; the first node that differs could not be looked for: {first_line(error)}"
+        return dataclasses.replace(parity, failure=reason)
     if found is None:
         return parity
     failure = f"{parity.failure}; {found}"

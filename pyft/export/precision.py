@@ -14,7 +14,7 @@ from pyft.export.bisect import MAX_BYTES
 from pyft.export.comparison import take_rows
 from pyft.export.parity import finite
 from pyft.export.precision_table import Candidate, PrecisionTable, latencies
-from pyft.export.quantize import named_nodes, to_fp16, to_int8_dynamic, to_int8_static, weights_of
+from pyft.export.quantize import named_nodes, to_fp16, to_int8_dynamic, to_int8_static, weight_bytes, weights_of
 from pyft.export.run import CPU, OnnxModel, first_line
 from pyft.export.sensitivity import ranked_groups
 
@@ -148,9 +148,9 @@ class _Search:
         ]
 
     def _reached(self, kinds: Sequence[str]) -> float:
-        weights = weights_of(self.proto)
-        total = sum(weight.num_bytes for weight in weights)
-        return sum(weight.num_bytes for weight in weights if weight.op_type in kinds) / max(total, 1)
+        reached = sum(weight.num_bytes for weight in weights_of(self.proto) if weight.op_type in kinds)
+        # A weight that two nodes share is counted twice.
+        return min(1.0, reached / max(weight_bytes(self.proto), 1))
 
     def _way(self, name: str, lower: Lower) -> tuple[Any, Candidate] | None:
         """Lower everything, then leave out the most sensitive groups one by one until the metric holds."""

@@ -68,6 +68,16 @@ def weights_of(proto: Any) -> list[Weight]:
     return found
 
 
+def weight_bytes(proto: Any) -> int:
+    """Bytes of all float32 arrays of two dimensions and more, also of operators that are not in `weights_of` (LSTM)."""
+    float32 = need("onnx", "onnx", "lowering the precision of an ONNX file").TensorProto.FLOAT
+    return sum(
+        4 * int(np.prod(value.dims))
+        for value in proto.graph.initializer
+        if value.data_type == float32 and len(value.dims) > 1
+    )
+
+
 def outer_nodes(proto: Any) -> set[str]:
     """Names of the nodes before and behind the model: preprocessing, scores and labels. They keep their precision.
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch.export.graph_signature import InputKind
 
 from pyft.errors import need
+from pyft.export.plain_weights import plain_weights
 from pyft.export.shapes import Inputs, find_free_dims, named_inputs
 from pyft.export.trace import Caller, clean, traced_program
 
@@ -55,7 +56,7 @@ def reference_of(module: torch.nn.Module, inputs: Any) -> Reference:
         Exception: whatever the exporter raises.
     """
     named = {name: value.detach().cpu() for name, value in named_inputs(inputs).items()}
-    caller = Caller(module, list(named) if isinstance(inputs, Mapping) else None).eval()
+    caller = Caller(plain_weights(module), list(named) if isinstance(inputs, Mapping) else None).eval()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         program = _program(caller, named)
     proto = program.model_proto

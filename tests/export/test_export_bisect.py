@@ -16,8 +16,10 @@ from proof_models import net, pictures, preprocess, tokenizer_json  # noqa: E402
 from pyft.export.bisect import _Search, first_difference  # noqa: E402
 from pyft.export.graph import put_before  # noqa: E402
 from pyft.export.onnx import export_module  # noqa: E402
+from pyft.export.parity import check_parity  # noqa: E402
 from pyft.export.raw_text import text_front  # noqa: E402
 from pyft.export.reference import graph_values, reference_of  # noqa: E402
+from pyft.samples import Batch  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -213,12 +215,27 @@ def test_mask_made_in_front(bag, tmp_path, pad_id):
         assert (found.part, found.output, found.node) == ("preprocessing", "attention_mask", "text/attention_mask")
 
 
-def test_what_cannot_be_looked_at_gives_nothing(model, good, x, tmp_path):
-    class Unexportable(nn.Module):
-        def forward(self, x):
-            return x if x.sum() > 0 else -x
-
-    assert first_difference(Unexportable(), good, x, x.numpy()) is None
-    # A file that does not run on this batch.
+def test_file_that_does_not_run_gives_nothing(model, x, tmp_path):
     other = export_module(nn.Flatten(), torch.zeros(2, 3, 4, 4), tmp_path / "other.onnx")
     assert first_difference(model, other, x, x.numpy()) is None
+
+
+class Unexportable(nn.Module):
+    """Branches on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 4)
+
+    def forward(self, x):
+        x = self.head(x.mean((2, 3)))
+        return x if x.sum() > 0 else -x
+
+
+def test_failure_is_told_where_its_cause_cannot_be_looked_for(good, x):
+    batch = Batch(x, None, torch.arange(len(x)))
+    module = Unexportable().eval()
+    parity = check_parity(module, good, [batch], module=module, raises=False)
+    assert "predictions differ" in parity.failure
+    assert "the first node that differs could not be looked for: " in parity.failure
+    assert parity.first_difference is None

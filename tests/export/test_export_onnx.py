@@ -184,7 +184,9 @@ def test_names_and_free_dimensions(exported):
     for value in exported.session.inputs:
         assert value.shape[0] == "batch"
         assert ("sequence" in value.shape) == exported.free_length
-    assert [(value.name, value.shape) for value in exported.session.outputs] == [("logits", ("batch", 3))]
+    assert [(value.name, value.shape) for value in exported.session.outputs] == [
+        ("logits", ("batch", 3)), ("scores", ("batch", 3)), ("label_index", ("batch",)), ("label", ("batch",)),
+    ]  # fmt: skip
     assert exported.session.meta.notes == []
 
 
@@ -200,7 +202,7 @@ def test_metadata(exported):
     assert meta.classes == CLASSES
     assert meta.task == "classification"
     assert meta.kind == {"cnn": "image", "tokens": "text"}.get(exported.path.stem, "array")
-    assert meta.extra["pyft.format"] == "1"
+    assert meta.extra["pyft.format"] == "2"
     assert meta.versions == {"pyft": __version__, "torch": torch.__version__, "onnx": onnx.__version__}
     assert meta.extra["weights"] == "abc"
     assert json.loads(meta.extra["epochs"]) == 3

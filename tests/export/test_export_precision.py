@@ -16,12 +16,10 @@ onnx = pytest.importorskip("onnx", reason="pip install 'pyft[onnx]'")
 from proof_models import front, preprocess, tokenizer_json  # noqa: E402
 
 from pyft.errors import ConfigError, DataError, ExportError  # noqa: E402
-from pyft.export.graph import put_before, put_behind  # noqa: E402
+from pyft.export.graph import put_before  # noqa: E402
 from pyft.export.onnx import export_module  # noqa: E402
-from pyft.export.outputs import outputs_of  # noqa: E402
 from pyft.export.precision import lower_precision  # noqa: E402
 from pyft.export.quantize import outer_nodes, to_int8_dynamic, weights_of  # noqa: E402
-from pyft.export.raw_text import text_front  # noqa: E402
 from pyft.export.run import OnnxModel  # noqa: E402
 from pyft.export.sensitivity import groups_of, ranked_groups  # noqa: E402
 
@@ -63,11 +61,9 @@ def words(tmp_path_factory):
     model = Words().eval()
     ids = torch.randint(1, 2000, (64, 9), generator=torch.Generator().manual_seed(1))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    path = export_module(model, inputs, tmp_path_factory.mktemp("words") / "m.onnx", classes=CLASSES, kind="text")
-    proto = onnx.load(path)
-    put_before(proto, text_front({"kind": "text", "pad_id": 0, "tokenizer": tokenizer_json(["a", "b"])}, list(inputs)))
-    put_behind(proto, outputs_of("classification", ["batch", 5], CLASSES))
-    path.write_bytes(proto.SerializeToString())
+    spec = {"kind": "text", "pad_id": 0, "tokenizer": tokenizer_json(["a", "b"])}
+    path = tmp_path_factory.mktemp("words") / "m.onnx"
+    export_module(model, inputs, path, inputs="raw", classes=CLASSES, preprocess=spec)
     return path, [{"input_ids": part.numpy()} for part in ids.split(32)]
 
 
@@ -276,6 +272,25 @@ def test_refusal_with_the_table(words):
     assert {row.name.partition(",")[0] for row in table.candidates} == {"fp32", "int8 dynamic", "int8 static"}
     assert all(row.drop == pytest.approx(0.4) for row in table.candidates[1:])
     assert str(table) in str(raised.value)
+
+
+class Recurrent(nn.Module):
+    """Most weights are in an LSTM, which no way reaches."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(16, 32, batch_first=True)
+        self.head = nn.Linear(32, 16)
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+def test_file_that_would_hardly_shrink_is_refused(tmp_path):
+    path = export_module(Recurrent().eval(), torch.randn(2, 6, 16), tmp_path / "m.onnx")
+    feeds = [{"input": np.random.default_rng(0).normal(size=(8, 6, 16)).astype(np.float32)}]
+    with pytest.raises(ExportError, match=r"int8 dynamic +not tried: reaches \d% of the weights"):
+        lower((path, feeds), "int8", metric=lambda model: 1.0)
 
 
 @pytest.mark.parametrize(
