@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from pyft.run_dir import OpenRun
     from pyft.samples import Samples
 
-MAX_SAMPLES = 1024
 EXAMPLE_SIZE = 4
 BATCH_SIZE = 64
 
@@ -66,11 +65,9 @@ def export_opened(opened: OpenRun, samples: Samples, target: Path) -> Iterator[s
     """Export, compare on `samples`, and say so; the report is <name>.parity.json, parity.json for model.onnx."""
     from pyft.data.batches import Batches
     from pyft.export.onnx import export_onnx, run_metadata
-    from pyft.export.parity import check_parity
-    from pyft.models.call import call_model
     from pyft.preprocess import spec_of
+    from pyft.proof import prove
 
-    batches = Batches(samples, opened.preprocess, BATCH_SIZE, shuffle=False)
     few = Batches(
         samples.subset(range(min(EXAMPLE_SIZE, len(samples)))), opened.preprocess, EXAMPLE_SIZE, shuffle=False
     )
@@ -80,9 +77,10 @@ def export_opened(opened: OpenRun, samples: Samples, target: Path) -> Iterator[s
         metadata=run_metadata(opened.path.resolve().name, opened.config["data"].get("columns"), opened.target_scale),
     )  # fmt: skip
     report = target.with_name("parity.json" if target.name == "model.onnx" else f"{target.stem}.parity.json")
-    parity = check_parity(
-        lambda inputs: call_model(opened.module, inputs), target, batches.epoch(0),
-        problem=opened.problem, classes=opened.classes, report=report,
+    parity = prove(
+        target, opened.module, samples, opened.preprocess, problem=opened.problem, classes=opened.classes,
+        report=report, batch_size=BATCH_SIZE,
+        to_value=None if opened.target_scale is None else opened.target_scale.unscale,
     )  # fmt: skip
     yield f"{target} ({target.stat().st_size / 1e6:.1f} MB)"
     yield str(parity)
@@ -94,8 +92,6 @@ def comparison_samples(opened: OpenRun) -> tuple[Samples, str]:
     Raises:
         DataError: the data is gone, and the model does not take texts.
     """
-    import torch
-
     from pyft.samples import Samples
 
     try:
@@ -104,8 +100,6 @@ def comparison_samples(opened: OpenRun) -> tuple[Samples, str]:
         if opened.kind != "text":
             raise DataError(f"the data of the run is needed as an example of its inputs: {error}") from None
         return Samples("text", TEXTS, None, "texts"), "texts of pyft's own, as the run's data cannot be read"
-    if len(samples) > MAX_SAMPLES:
-        samples = samples.subset(torch.linspace(0, len(samples) - 1, MAX_SAMPLES).long())
     return samples, whose
 
 

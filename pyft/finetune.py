@@ -25,13 +25,14 @@ from pyft.evaluation.metrics import Metrics
 from pyft.evaluation.pictures import can_draw, draw_run
 from pyft.evaluation.predict import evaluate_batches
 from pyft.export.onnx import export_onnx, run_metadata
-from pyft.export.parity import Parity, check_parity
+from pyft.export.parity import Known, Parity
 from pyft.freezing.plan import FreezePlan, make_plan
 from pyft.job import EVALUATION_BATCH, Job, autocast, inspect, model_fingerprint, to_device
 from pyft.models.call import call_model
 from pyft.models.saved import load_state, save_model
 from pyft.plan import tell_prediction
 from pyft.preprocess import spec_of
+from pyft.proof import KeptLogits, prove
 from pyft.result import MAIN_METRICS, Result
 from pyft.run_dir import RunDir
 from pyft.stage_rows import freeze_for
@@ -44,9 +45,6 @@ from pyft.training.settings import describe as describe_settings
 from pyft.training.stages import Stage
 from pyft.untouched import given_back_on_error
 from pyft.version import __version__
-
-PARITY_SAMPLES = 1024
-"""The exported file is compared on at most this many samples: a difference in behaviour shows in far fewer."""
 
 
 def finetune(
@@ -171,9 +169,10 @@ def finetune(
         for line in [*job.notes, *plan_lines(job), f"run: {run.path}{', continued' * bool(unfinished)}"]:
             show.note(line)
         history, plan = train_stages(job, run, show, resumed=unfinished is not None)
-        result = evaluate_tuned(job, run, history, plan)
+        kept = logits_to_keep(job) if export is not None else None
+        result = evaluate_tuned(job, run, history, plan, kept)
         if export is not None:
-            export_tuned(job, run, result, show)
+            export_tuned(job, run, result, show, kept)
         if (predicted := tell_prediction(config, run.seconds)) is not None:
             result.notes = (*result.notes, predicted)
             show.note(predicted)
@@ -355,14 +354,14 @@ def stage_evaluation(job: Job, call: Call, batches: BatchSource) -> Callable[[],
     return evaluate
 
 
-def score(job: Job, call: Call, batches: BatchSource) -> Metrics:
+def score(job: Job, call: Call, batches: BatchSource, kept: KeptLogits | None = None) -> Metrics:
     """Metrics of the model as it is."""
-    return evaluate_batches(
-        lambda inputs: job.in_own_unit(call(job.model, to_device(inputs, job.device))),
-        batches.epoch(0),
-        job.data.problem,
-        job.data.classes,
-    )
+
+    def logits(inputs: Any) -> Any:
+        return call(job.model, to_device(inputs, job.device))
+
+    run, epoch = (logits, batches.epoch(0)) if kept is None else (kept.call(logits), kept.batches(batches.epoch(0)))
+    return evaluate_batches(lambda inputs: job.in_own_unit(run(inputs)), epoch, job.data.problem, job.data.classes)
 
 
 def resume_hint(job: Job, run: RunDir) -> str:
@@ -376,15 +375,20 @@ def resume_hint(job: Job, run: RunDir) -> str:
 # ---------------------------------------------------------------- evaluate and export
 
 
-def evaluate_tuned(job: Job, run: RunDir, history: History, plan: FreezePlan) -> Result:
+def logits_to_keep(job: Job) -> KeptLogits | None:
+    """What the proof need not compute again: the logits of the validation set, where the CPU computes them."""
+    return KeptLogits(len(job.data.val)) if job.data.val is not None and job.device.type == "cpu" else None
+
+
+def evaluate_tuned(job: Job, run: RunDir, history: History, plan: FreezePlan, kept: KeptLogits | None = None) -> Result:
     """Final metrics in fp32, the precision of the exported file; weights and metrics are on disk afterwards."""
     data = job.data
     job.model.eval()
     with timed(run.seconds, "evaluate"):
         save_model(run / "model.safetensors", job.model)
         found = {
-            role: score(job, call_model, Batches(samples, job.preprocess, EVALUATION_BATCH, shuffle=False))
-            for role, samples in {"val": data.val, "test": data.test}.items()
+            role: score(job, call_model, Batches(samples, job.preprocess, EVALUATION_BATCH, shuffle=False), keeper)
+            for role, samples, keeper in (("val", data.val, kept), ("test", data.test, None))
             if samples is not None
         }
     metrics = {f"{role}_{name}": value for role, scores in found.items() for name, value in scores.values.items()}
@@ -426,8 +430,8 @@ def held_out_source(job: Job) -> str | None:
     return str(next((place for place in places if place.exists()), job.data.source))
 
 
-def export_tuned(job: Job, run: RunDir, result: Result, show: Progress) -> None:
-    """Write model.onnx and compare it with the model on held-out samples.
+def export_tuned(job: Job, run: RunDir, result: Result, show: Progress, kept: KeptLogits | None = None) -> None:
+    """Write model.onnx and compare it with the model on all held-out samples.
 
     Raises:
         ExportError: with the place of the tuned weights, which are safe.
@@ -442,7 +446,7 @@ def export_tuned(job: Job, run: RunDir, result: Result, show: Progress) -> None:
                 preprocess=spec, metadata=run_metadata(run.path.name, job.data.train.columns, job.target_scale),
             )  # fmt: skip
         with timed(run.seconds, "parity"):
-            parity = compare(job, path, run / "parity.json")
+            parity = compare(job, path, run / "parity.json", None if kept is None else kept.known())
     except PyftError as error:
         raise ExportError(
             f"{error}. The tuned model and its metrics are safe: {run / 'model.safetensors'}, {run / 'metrics.json'}; "
@@ -454,15 +458,12 @@ def export_tuned(job: Job, run: RunDir, result: Result, show: Progress) -> None:
     result.onnx, result.parity = path, parity.to_dict()
 
 
-def compare(job: Job, path: Path, report: Path) -> Parity:
-    """The exported file against the model on validation samples, or on training samples where there are none."""
-    samples = job.data.val if job.data.val is not None else job.data.train
-    if len(samples) > PARITY_SAMPLES:
-        samples = samples.subset(torch.linspace(0, len(samples) - 1, PARITY_SAMPLES).long())
-    batches = Batches(samples, job.preprocess, EVALUATION_BATCH, shuffle=False)
-    return check_parity(
-        lambda inputs: call_model(job.model, inputs), path, batches.epoch(0),
-        problem=job.data.problem, classes=job.data.classes, report=report,
+def compare(job: Job, path: Path, report: Path, known: Known | None) -> Parity:
+    """The exported file against the model on all validation samples, or training samples where there are none."""
+    samples, known = (job.data.train, None) if job.data.val is None else (job.data.val, known)
+    return prove(
+        path, job.model, samples, job.preprocess, problem=job.data.problem, classes=job.data.classes, report=report,
+        known=known, batch_size=EVALUATION_BATCH, to_value=job.in_own_unit,
     )  # fmt: skip
 
 

@@ -101,8 +101,8 @@ class Job:
         """Train on targets in this unit."""
         self.target_scale = self.objective.target_scale = scale
 
-    def in_own_unit(self, outputs: torch.Tensor) -> torch.Tensor:
-        """The model's outputs in the unit of the targets."""
+    def in_own_unit(self, outputs: Any) -> Any:
+        """The model's outputs, Tensor or array, in the unit of the targets."""
         return outputs if self.target_scale is None else self.target_scale.unscale(outputs)
 
 

@@ -61,7 +61,7 @@ def test_options_are_the_keywords_of_finetune() -> None:
     from pyft.finetune import finetune
 
     parameters = dict(inspect.signature(finetune).parameters)
-    for name in ("model", "data", "preprocess"):
+    for name in ("model", "data"):
         del parameters[name]
     assert {option.name: option.default for option in cli_arguments.options()} == {
         name: parameter.default for name, parameter in parameters.items()

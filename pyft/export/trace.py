@@ -91,7 +91,7 @@ def trace(caller: Caller, inputs: Inputs, free: FreeDims, opset: int | None) -> 
         ExportError: the model cannot be traced with a free batch size.
     """
     try:
-        return _trace(caller, inputs, free, opset), free
+        return traced_program(caller, inputs, free, opset).model_proto, free
     except Exception as error:
         if not free.lengths():
             raise _explained(error) from error
@@ -102,9 +102,27 @@ def trace(caller: Caller, inputs: Inputs, free: FreeDims, opset: int | None) -> 
         size = inputs[name].shape[dim]
         fixed.notes.append(f"dimension {dim} of '{name}' is fixed at {size}: it cannot be exported free: {reason}")
     try:
-        return _trace(caller, inputs, fixed, opset), fixed
+        return traced_program(caller, inputs, fixed, opset).model_proto, fixed
     except Exception as error:
         raise _explained(error) from error
+
+
+def traced_program(caller: Caller, inputs: Inputs, free: FreeDims, opset: int | None) -> Any:
+    """The ONNXProgram of a model: its graph, and the ExportedProgram that the graph was made of."""
+    example = trace_inputs(inputs, free)
+    with quiet():
+        program = torch.onnx.export(
+            caller,
+            tuple(example.values()),
+            dynamo=True,
+            verbose=False,
+            input_names=list(inputs),
+            output_names=["logits"],
+            dynamic_shapes=(tuple(free.names[name] for name in inputs),),
+            opset_version=opset,
+        )
+        assert program is not None
+        return program
 
 
 def clean(proto: Any) -> None:
@@ -176,23 +194,6 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in levels.items():
             logger.setLevel(level)
-
-
-def _trace(caller: Caller, inputs: Inputs, free: FreeDims, opset: int | None) -> Any:
-    example = trace_inputs(inputs, free)
-    with quiet():
-        program = torch.onnx.export(
-            caller,
-            tuple(example.values()),
-            dynamo=True,
-            verbose=False,
-            input_names=list(inputs),
-            output_names=["logits"],
-            dynamic_shapes=(tuple(free.names[name] for name in inputs),),
-            opset_version=opset,
-        )
-        assert program is not None
-        return program.model_proto
 
 
 def _place(error: BaseException) -> str:
