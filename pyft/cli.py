@@ -1,4 +1,4 @@
-"""The command `pyft`: train, plan, eval, compare, export, predict, resume, doctor, quickstart. --help loads nothing big.
+"""The command `pyft`: train, plan, eval, compare, export, predict, resume, doctor, quickstart. --help loads little.
 
 Exit codes: 0 done; 1 `doctor` found that the core cannot be built; 2 something is wrong with the command, the data or
 the files (one line on standard error); 130 stopped by Ctrl-C. With PYFT_TRACEBACK=1 errors come with their traceback.
