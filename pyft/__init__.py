@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pyft.data.table_preprocess import TablePreprocess as TablePreprocess
     from pyft.evaluate import evaluate as evaluate
     from pyft.evaluate import predict as predict
-    from pyft.export.onnx import export_onnx as export_onnx
+    from pyft.export_model import export_onnx as export_onnx
     from pyft.finetune import finetune as finetune
     from pyft.finetune import resume as resume
     from pyft.freezing.delta import apply_delta as apply_delta
@@ -60,7 +60,7 @@ _HOMES = {
     "doctor": "pyft.core.doctor",
     "errors": "pyft.errors",
     "evaluate": "pyft.evaluate",
-    "export_onnx": "pyft.export.onnx",
+    "export_onnx": "pyft.export_model",
     "finetune": "pyft.finetune",
     "freeze": "pyft.freezing.plan",
     "lean": "pyft.freezing.lean.swap",

@@ -122,7 +122,8 @@ def export(arguments: argparse.Namespace) -> int:
     """`pyft export RUN`."""
     from pyft.cli_export import export_run
 
-    for line in export_run(Path(arguments.run), None if arguments.output is None else Path(arguments.output)):
+    words = {name: getattr(arguments, name) for name in ("inputs", "precision", "opset", "max_drop")}
+    for line in export_run(Path(arguments.run), None if arguments.output is None else Path(arguments.output), **words):
         print(line)
     return 0
 

@@ -355,6 +355,16 @@ def _add_others(commands: Any) -> None:
     )
     parser.add_argument("run", metavar="RUN", help="folder of a run")
     parser.add_argument("--output", metavar="FILE", help="where to write [RUN/model.onnx]")
+    parser.add_argument(
+        "--inputs", type=either("auto", "raw", "tensor", "strings"), metavar="NAME",
+        help="what the file takes: raw (pictures as bytes, padded tokens, named columns), strings (texts), or tensor "
+        "(what the model takes) [raw where pyft knows the preprocessing]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--precision", type=either("fp32", "fp16", "int8"), metavar="NAME", help="fp32, fp16 or int8 [fp32]"
+    )
+    parser.add_argument("--opset", type=whole, metavar="N", help="ONNX operator set [as torch recommends]")
+    parser.add_argument("--max-drop", type=number, metavar="X", help="of the metric in lower precision [0.01]")
 
     parser = commands.add_parser(
         "predict", help="labels for new texts, images or rows",

@@ -24,8 +24,8 @@ from pyft.errors import CheckpointError, ExportError, PyftError
 from pyft.evaluation.metrics import Metrics
 from pyft.evaluation.pictures import can_draw, draw_run
 from pyft.evaluation.predict import evaluate_batches
-from pyft.export.onnx import export_onnx, run_metadata
 from pyft.export.parity import Known, Parity
+from pyft.export_model import Exported, run_metadata, write_onnx
 from pyft.freezing.plan import FreezePlan, make_plan
 from pyft.job import EVALUATION_BATCH, Job, autocast, inspect, model_fingerprint, to_device
 from pyft.models.call import call_model
@@ -356,12 +356,13 @@ def stage_evaluation(job: Job, call: Call, batches: BatchSource) -> Callable[[],
 
 def score(job: Job, call: Call, batches: BatchSource, kept: KeptLogits | None = None) -> Metrics:
     """Metrics of the model as it is."""
-
-    def logits(inputs: Any) -> Any:
-        return call(job.model, to_device(inputs, job.device))
-
-    run, epoch = (logits, batches.epoch(0)) if kept is None else (kept.call(logits), kept.batches(batches.epoch(0)))
-    return evaluate_batches(lambda inputs: job.in_own_unit(run(inputs)), epoch, job.data.problem, job.data.classes)
+    keep = KeptLogits(0) if kept is None else kept
+    return evaluate_batches(
+        lambda inputs: job.in_own_unit(keep.put(call(job.model, to_device(inputs, job.device)))),
+        keep.batches(batches.epoch(0)),
+        job.data.problem,
+        job.data.classes,
+    )
 
 
 def resume_hint(job: Job, run: RunDir) -> str:
@@ -437,14 +438,14 @@ def export_tuned(job: Job, run: RunDir, result: Result, show: Progress, kept: Ke
         ExportError: with the place of the tuned weights, which are safe.
     """
     path = run / "model.onnx"
-    spec = spec_of(job.preprocess)
+    exported = Exported(
+        job.model, job.data.kind, job.data.problem, job.data.classes, job.preprocess, job.target_scale,
+        run_metadata(run.path, result.metrics),
+    )  # fmt: skip
     job.model.cpu()
     try:
         with timed(run.seconds, "export"):
-            export_onnx(
-                job.model, job.example.inputs, path, classes=job.data.classes, task=job.task, kind=job.data.kind,
-                preprocess=spec, metadata=run_metadata(run.path.name, job.data.train.columns, job.target_scale),
-            )  # fmt: skip
+            write_onnx(exported, job.example.inputs, path)
         with timed(run.seconds, "parity"):
             parity = compare(job, path, run / "parity.json", None if kept is None else kept.known())
     except PyftError as error:

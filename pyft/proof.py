@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
+from pyft.core.files import write_atomic, write_json
 from pyft.data.batches import Batches
-from pyft.data.table_rows import TableRows
 from pyft.errors import ExportError
 from pyft.evaluation.metrics import make_counter
 from pyft.evaluation.scores import to_numpy
-from pyft.export.parity import Known, Parity, check_parity
+from pyft.export.parity import Known, Parity, check_parity, finite
 from pyft.export.precision import lower_precision
 from pyft.export.precision_table import PrecisionTable
 from pyft.export.run import OnnxModel
@@ -43,6 +45,7 @@ def prove(
     known: Known | None = None,
     provider: str | None = None,
     to_value: Callable[[Any], Any] | None = None,
+    precision: PrecisionTable | None = None,
     batch_size: int = BATCH_SIZE,
     raises: bool = True,
 ) -> Parity:
@@ -59,6 +62,7 @@ def prove(
         report: where to write parity.json.
         known: logits of the same samples that were computed before.
         to_value: for regression from logits to values in the unit of the targets.
+        precision: of a file that `in_precision` made; its differences are told, and bounded by the table.
         batch_size: samples per batch.
 
     Raises:
@@ -75,6 +79,7 @@ def prove(
     return check_parity(
         lambda inputs: call_model(module, inputs), opened, source, feeds=fed, problem=problem, classes=classes,
         report=report, raises=raises, provider=provider, module=module, known=known, to_value=to_value,
+        precision=None if precision is None else precision.to_dict(),
         counter=(lambda: make_counter(problem, classes)) if with_metrics else None,
     )  # fmt: skip
 
@@ -90,6 +95,7 @@ def in_precision(
     max_drop: float = 0.01,
     metric: str | None = None,
     calibration: Samples | None = None,
+    to_value: Callable[[Any], Any] | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> tuple[bytes, PrecisionTable]:
     """A float32 file in fp16 or int8, measured on all of `samples`; see `pyft.export.precision.lower_precision`.
@@ -117,13 +123,59 @@ def in_precision(
     def measure(model: OnnxModel) -> float:
         counter = make_counter(problem, classes)
         for inputs, wanted in made:
-            counter.update(wanted, model(inputs))
+            logits = model(inputs)
+            counter.update(wanted, logits if to_value is None else to_value(logits))
         return counter.metrics()[name]
 
     return lower_precision(
         path, precision, calibration=[feed.inputs for feed in file_feeds(opened, few, preprocess, batch_size)],
         metric=measure, metric_name=name, max_drop=max_drop,
         higher_is_better=name not in ("loss", "rmse", "mae"),
+    )  # fmt: skip
+
+
+def lower(
+    path: str | Path,
+    precision: str,
+    module: nn.Module,
+    samples: Samples,
+    preprocess: Any,
+    *,
+    problem: Problem,
+    classes: Sequence[str] | None,
+    report: str | Path | None = None,
+    known: Known | None = None,
+    to_value: Callable[[Any], Any] | None = None,
+    max_drop: float = 0.01,
+    metric: str | None = None,
+    calibration: Samples | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> Parity:
+    """Turn a float32 file that was proven into one of lower precision, in its place, and prove that, too.
+
+    Where no file holds, the float32 file stays, and the table of what was tried is added to the report.
+
+    Args:
+        As `prove` and `in_precision`.
+
+    Raises:
+        ExportError: no file holds, or it does not say what its logits say.
+    """
+    try:
+        content, table = in_precision(
+            path, precision, samples, preprocess, problem=problem, classes=classes, max_drop=max_drop, metric=metric,
+            calibration=calibration, batch_size=batch_size, to_value=to_value,
+        )  # fmt: skip
+    except ExportError as error:
+        tried = getattr(error, "table", None)
+        if report is not None and tried is not None and Path(report).is_file():
+            written = json.loads(Path(report).read_text(encoding="utf-8"))
+            write_json(report, {**written, "precision": finite(tried.to_dict())})
+        raise
+    write_atomic(path, lambda file: file.write(content))
+    return prove(
+        path, module, samples, preprocess, problem=problem, classes=classes, report=report, known=known,
+        to_value=to_value, precision=table, batch_size=batch_size,
     )  # fmt: skip
 
 
@@ -147,9 +199,10 @@ def _opened(path: str | Path, provider: str | None) -> OnnxModel | str | Path:
 
 def raw_inputs(samples: Samples) -> Any:
     """The samples in the form that `feeds` takes: columns by name where they are of a table."""
-    if isinstance(samples.inputs, TableRows):
-        return samples.inputs.columns
-    if samples.kind == "array" and samples.columns is not None and not isinstance(samples.inputs, dict):
+    columns = getattr(samples.inputs, "columns", None)
+    if isinstance(columns, dict):
+        return columns
+    if samples.kind == "array" and samples.columns is not None:
         matrix = to_numpy(samples.inputs)
         return {name: matrix[:, place] for place, name in enumerate(samples.columns)}
     return samples.inputs
@@ -158,40 +211,30 @@ def raw_inputs(samples: Samples) -> Any:
 class KeptLogits:
     """Keeps the logits of an evaluation for the proof, where they are few enough.
 
-    Give the evaluation `kept.call(call)` and `kept.batches(batches)`.
+    Give the evaluation `kept.batches(batches)`, and what it computes for each to `kept.put(logits)`.
 
     Args:
-        num_samples: N.
+        num_samples: N; 0: nothing is kept.
     """
 
     def __init__(self, num_samples: int) -> None:
         self.num_samples = num_samples
-        self._logits: Any = None
-        self._targets: Any = None
-        self._index: Any = None
+        self._logits: NDArray[Any] | None = None
+        self._targets: NDArray[Any] | None = None
+        self._batch: Batch | None = None
         self._seen = 0
 
     def batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The same batches."""
         for batch in batches:
-            index = to_numpy(batch.index)
-            if batch.targets is not None:
-                targets = to_numpy(batch.targets)
-                if self._targets is None:
-                    self._targets = np.zeros((self.num_samples, *targets.shape[1:]), targets.dtype)
-                self._targets[index] = targets
-            self._index = index
+            self._batch = batch
             yield batch
 
-    def call(self, call: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """The same function."""
-
-        def kept(inputs: Any) -> Any:
-            logits = call(inputs)
+    def put(self, logits: Any) -> Any:
+        """The logits of the batch that came last, which are given back."""
+        if self.num_samples:
             self._keep(to_numpy(logits))
-            return logits
-
-        return kept
+        return logits
 
     def known(self) -> Known | None:
         """All logits; None where some are missing."""
@@ -199,11 +242,17 @@ class KeptLogits:
             return None
         return Known(self._logits, self._targets)
 
-    def _keep(self, logits: Any) -> None:
+    def _keep(self, logits: NDArray[Any]) -> None:
         # Outputs for each token have another length in each batch.
         if logits.ndim > 2 or logits.nbytes / max(len(logits), 1) * self.num_samples > KEPT_BYTES:
             return
+        assert self._batch is not None
+        index, targets = to_numpy(self._batch.index), self._batch.targets
         if self._logits is None:
             self._logits = np.zeros((self.num_samples, *logits.shape[1:]), logits.dtype)
-        self._logits[self._index] = logits
-        self._seen += len(self._index)
+        self._logits[index] = logits
+        if targets is not None:
+            if self._targets is None:
+                self._targets = np.zeros((self.num_samples, *targets.shape[1:]), to_numpy(targets).dtype)
+            self._targets[index] = to_numpy(targets)
+        self._seen += len(index)

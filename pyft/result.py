@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,6 +77,12 @@ class Result:
         from pyft.evaluate import evaluate
 
         return evaluate(self, data, backend=backend, batch_size=batch_size, **columns)
+
+    def export_onnx(self, path: str | os.PathLike[str], **words: Any) -> Path:
+        """The model as an ONNX file at `path`, proven on the run's validation data; words as of `pyft.export_onnx`."""
+        from pyft.export_model import export_onnx
+
+        return export_onnx(self, path, **words)
 
     def next_commands(self) -> list[str]:
         """Commands that use what the run has left behind: for the shell, or Python where a function has to be given."""

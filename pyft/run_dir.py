@@ -416,6 +416,17 @@ def read_target_scale(path: str | os.PathLike[str]) -> TargetScale | None:
     return TargetScale.from_dict(_read_json(file)) if file.is_file() else None
 
 
+def read_metrics(path: str | os.PathLike[str]) -> dict[str, float]:
+    """The final metrics of the run in `path` as `Result.metrics` has them; NaN where one was not finite."""
+    written = _read_json(Path(path) / "metrics.json")
+    return {
+        f"{role}_{name}": float("nan") if value is None else float(value)
+        for role, found in written.items()
+        if isinstance(found, dict)
+        for name, value in found["values"].items()
+    }
+
+
 def can_build(path: str | os.PathLike[str]) -> bool:
     """Whether `open_run` needs no `model` for the run in `path`."""
     model = read_config(path)["model"]

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 NOISE = 1e-6
 """What rounding in float32 does to a value, relative to the largest of its tensor."""
 
+MAX_BYTES = 2**31 - 2**20
+"""With other outputs a graph is given to onnxruntime as one message, which holds less than 2 GiB."""
+
 SAME = 10 * NOISE
 """Logits that are nearer than this do not differ."""
 
@@ -35,7 +38,8 @@ class FirstDifference:
             model), "model", or "training" (a node that behaves as in training).
         node, op_type: name and operator of the node; "" for an input.
         output: the value that differs.
-        module: path of the module that makes this value in PyTorch, "" where not known.
+        module: path of the module that makes this value in PyTorch, or that behind it where PyTorch has no such value;
+            "" for the model itself and where not known.
         before: the largest relative difference of all values that come before and could be compared.
         after: the relative difference of `output`.
     """
@@ -89,12 +93,15 @@ def first_difference(
         row: the sample of the batch that differs most, looked at first alone; None: the batch.
 
     Returns:
-        None where no value differs, where the model cannot be exported, or where the file cannot be run.
+        None where no value differs, where the model cannot be exported, or where the file cannot be run or holds
+        2 GiB and more.
     """
     onnx = need("onnx", "onnx", "looking into an ONNX file")
     from pyft.export.reference import reference_of
 
     proto = onnx.load(os.fspath(path))
+    if proto.ByteSize() > MAX_BYTES:
+        return None
     if not isinstance(feed, Mapping):
         feed = {proto.graph.input[0].name: feed}
     try:
@@ -216,8 +223,19 @@ class _Search:
     def _at(self, name: str, before: float, after: float) -> FirstDifference:
         node = self.producers[name]
         part = "preprocessing" if name in self.reference.inputs else "model"
-        module = self.reference.modules.get(name, "")
+        module = "" if part == "preprocessing" else self._module_of(name)
         return FirstDifference(part, node.name, node.op_type, name, module, before, after)
+
+    def _module_of(self, name: str) -> str:
+        """The module that makes a value, or the next one behind it that PyTorch has."""
+        names, seen = [name], {name}
+        for one in names:
+            if one in self.reference.modules:
+                return self.reference.modules[one]
+            behind = [n for node in self.proto.graph.node if one in node.input for n in node.output if n not in seen]
+            seen.update(behind)
+            names += behind
+        return ""
 
 
 def _limit(final: float) -> float:

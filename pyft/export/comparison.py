@@ -56,6 +56,7 @@ class Comparison:
         counter: makes a running count of metrics: an object with `update(targets, logits)` and `metrics()`, whose
             `.values` is a dict of name to number. None: no metrics.
         to_value: for regression from the model's outputs to values in the unit of the targets.
+        bounded: False: differences are counted, but are no failure.
     """
 
     def __init__(
@@ -64,11 +65,13 @@ class Comparison:
         tolerance: float,
         counter: Callable[[], Any] | None = None,
         to_value: Callable[[NDArray[Any]], NDArray[Any]] | None = None,
+        bounded: bool = True,
     ) -> None:
         if problem not in PROBLEMS:
             raise ConfigError(f"problem must be 'classification', 'multilabel' or 'regression', got {problem!r}")
         self.problem = problem
         self.tolerance = tolerance
+        self.bounded = bounded
         self.num_samples = 0
         self.num_ties = 0
         self.ties: list[dict[str, Any]] = []
@@ -88,9 +91,11 @@ class Comparison:
         self._counters = None if counter is None else {"torch": counter(), "onnx": counter()}
 
     def close(self, expected: NDArray[Any], given: NDArray[Any]) -> bool:
-        """Whether a batch is plainly the same: within the tolerance, and every prediction equal."""
+        """Whether a batch is plainly the same: within the tolerance, and every prediction equal; True if unbounded."""
         if expected.shape != given.shape or not np.isfinite(expected).all() or not np.isfinite(given).all():
             return False
+        if not self.bounded:
+            return True
         same = np.array_equal(_predicted(expected, self.problem), _predicted(given, self.problem))
         return (same or self.problem == "regression") and relative_difference(expected, given) <= self.tolerance
 
@@ -151,6 +156,8 @@ class Comparison:
 
     def failure(self) -> str | None:
         """What is beyond the tolerance after all batches, or None."""
+        if not self.bounded:
+            return None
         if self.problem != "regression" and (self._disagree or self._disagree_repeated):
             count = f"{self._disagree:,} of {self.num_samples:,} predictions differ"
             if not self._disagree:
@@ -159,6 +166,10 @@ class Comparison:
         if self.max_rel() > self.tolerance:
             return f"the relative difference is {self.max_rel():.1e}, above {self.tolerance:.0e}; {self._worst_line()}"
         return self._metrics_differ()
+
+    def differs(self) -> bool:
+        """Whether logits are beyond the tolerance, or not finite: there is a place in the graph where that begins."""
+        return math.isnan(self.max_abs) or self.failure() is not None
 
     def max_rel(self) -> float:
         """The largest relative difference, small batches measured by the largest logit of all."""
@@ -235,7 +246,7 @@ class Comparison:
             if self.problem == "regression" or name == "loss":
                 allowed = METRIC_TOLERANCE * max(abs(value), 1.0 if name == "r2" else 0.0) + 2 * self.max_abs
             if not abs(value - other) <= allowed:
-                return f"the metric {name} is {value:.6g} with PyTorch and {other:.6g} with ONNX"
+                return f"the metric {name} is {value:.9g} with PyTorch and {other:.9g} with ONNX"
         return None
 
     def _worst_line(self) -> str:

@@ -39,11 +39,11 @@ def front_of(form: Form, spec: Mapping[str, Any] | None, inputs: Sequence[str]) 
     """
     if form not in FORMS:
         raise ConfigError(f"inputs={form!r}: expected one of {', '.join(FORMS)}")
-    kind = (spec or {}).get("kind")
+    kind = str((spec or {}).get("kind", ""))
     if form == "tensor" or (form == "raw" and kind == "array"):
         return None
     if (form, kind) not in FRONTS:
-        what = "no preprocessing is known" if kind is None else f"the preprocessing is of the kind {kind!r}"
+        what = "no preprocessing is known" if not kind else f"the preprocessing is of the kind {kind!r}"
         possible = ", ".join(sorted(k for f, k in FRONTS if f == form))
         raise ConfigError(
             f"inputs={form!r} is possible for preprocessing of the kind {possible}, and {what}: give preprocess=, or "

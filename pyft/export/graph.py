@@ -77,6 +77,7 @@ class Graph:
 
     Attributes:
         opsets: operator domain to version, for domains beside ONNX's own.
+        marks: values that a graph further on needs, by a name that both know.
 
     >>> graph = Graph("double")
     >>> x = graph.input("x", np.float32, ["batch"])
@@ -88,6 +89,7 @@ class Graph:
     def __init__(self, name: str) -> None:
         self.name = name
         self.opsets: dict[str, int] = {}
+        self.marks: dict[str, Value] = {}
         self.nodes: list[Any] = []
         self.initializers: list[Any] = []
         self.inputs: list[Any] = []

@@ -117,7 +117,7 @@ class Parity:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and text for JSON; a value that is not finite becomes None."""
-        return _finite(dataclasses.asdict(self))
+        return finite(dataclasses.asdict(self))
 
     def __str__(self) -> str:
         head = "ONNX and PyTorch agree" if self.passed else f"ONNX and PyTorch differ: {self.failure}"
@@ -144,6 +144,7 @@ def check_parity(
     known: Known | None = None,
     counter: Callable[[], Any] | None = None,
     to_value: Callable[[NDArray[Any]], NDArray[Any]] | None = None,
+    precision: Mapping[str, Any] | None = None,
 ) -> Parity:
     """Compare every prediction of an ONNX file with the PyTorch model's, batch by batch.
 
@@ -169,6 +170,8 @@ def check_parity(
         counter: makes a running count of metrics: an object with `update(targets, logits)` and `metrics()`, whose
             `.values` is a dict of numbers. Every metric must be the same from both sides.
         to_value: for regression from logits to values in the unit of the targets; default: they are.
+        precision: for a file in fp16 or int8 `PrecisionTable.to_dict()`, which goes into the result. Its logits,
+            predictions and metrics are compared, but no difference in them is a failure, as the table bounds the drop.
 
     Raises:
         ExportError: the file cannot be opened; or it differs (a prediction, a logit beyond the tolerance, a metric,
@@ -184,7 +187,9 @@ def check_parity(
         comparison = Comparison(problem or "classification", tolerance)
         parity = proof.result(comparison, str(error), provider or "")
         return _end(dataclasses.replace(parity, failure=str(error)), path, report, raises, str(error))
-    comparison = Comparison(problem or model.meta.task or "classification", tolerance, counter, to_value)
+    comparison = Comparison(
+        problem or model.meta.task or "classification", tolerance, counter, to_value, precision is None
+    )
     failure = _classes_differ(model, classes) or _trains(module) or provider_fault(model, provider)
     if failure is None:
         failure = proof.compare_all(model, comparison, _pairs(batches, feeds), classes)
@@ -193,7 +198,9 @@ def check_parity(
     if failure is None:
         failure = _training_node(model) or proof.count_nodes(model, provider)
     parity = proof.result(comparison, failure, model.provider)
-    if failure is not None and module is not None and comparison.worst_call is not None:
+    if precision is not None:
+        parity = dataclasses.replace(parity, precision=dict(precision))
+    if failure is not None and module is not None and comparison.differs():
         parity = _with_first_difference(parity, module, model, comparison)
     message = f"the ONNX file does not behave like the PyTorch model: {parity.failure}"
     return _end(parity, model.path, report, raises, message)
@@ -370,8 +377,7 @@ class _Proof:
 def _with_first_difference(parity: Parity, module: nn.Module, model: OnnxModel, comparison: Comparison) -> Parity:
     from pyft.export.bisect import first_difference
 
-    assert comparison.worst_call is not None
-    inputs, feed, row = comparison.worst_call
+    inputs, feed, row = comparison.worst_call or (None, None, 0)
     if inputs is None or model.path is None:
         return parity
     found = first_difference(module, model.path, inputs, feed, row)
@@ -447,9 +453,10 @@ def _shorten(names: list[str] | None) -> str:
     return text if len(text) <= 100 else text[:97] + "..."
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same with None for every number that is not finite, which JSON cannot hold."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

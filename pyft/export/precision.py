@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from pyft.errors import ConfigError, DataError, ExportError, need
+from pyft.export.bisect import MAX_BYTES
 from pyft.export.comparison import take_rows
+from pyft.export.parity import finite
 from pyft.export.precision_table import Candidate, PrecisionTable, latencies
 from pyft.export.quantize import named_nodes, to_fp16, to_int8_dynamic, to_int8_static, weights_of
 from pyft.export.run import CPU, OnnxModel, first_line
@@ -100,6 +102,11 @@ class _Search:
     ) -> None:
         onnx = need("onnx", "onnx", "lowering the precision of an ONNX file")
         self.proto = named_nodes(onnx.load(os.fspath(path)))
+        if self.proto.ByteSize() > MAX_BYTES:
+            raise ExportError(
+                f"{path} holds {self.proto.ByteSize() / 2**30:.2f} GiB, and only files below "
+                f"{MAX_BYTES / 2**30:.2f} GiB can be made smaller: export in fp32"
+            )
         self.calibration = list(calibration)
         self.measure = metric
         self.higher_is_better = higher_is_better
@@ -117,7 +124,7 @@ class _Search:
         held: list[tuple[Any, Candidate]] = []
         for name, lower, kinds in self._ways(precision):
             reached = self._reached(kinds)
-            if reached < WORTH:
+            if precision == "int8" and reached < WORTH:
                 self._note(name, f"not tried: reaches {reached:.0%} of the weights")
                 continue
             try:
@@ -157,7 +164,8 @@ class _Search:
                 return proto, candidate
             if groups is None:
                 groups = ranked_groups(self.proto, lower, self._moved, MAX_TRIALS)
-            if not groups:
+            if not groups or len(excluded) + len(groups[0]) == len(weights_of(self.proto)):
+                # Nothing would be left in fewer bits.
                 return None
             excluded += groups.pop(0)
         return None
@@ -172,7 +180,7 @@ class _Search:
         holds = bool(drop <= self.max_drop)
         times = latencies(self.base, model, self.feeds) if holds else ()
         slower = [f"{t.ratio:.2f}x for {t.samples}" for t in times if t.ratio > 1]
-        full = f"{name}, {len(excluded)} nodes in fp32" if excluded else name
+        full = f"{name}, {len(excluded)} node{'s' * (len(excluded) > 1)} in fp32" if excluded else name
         return Candidate(
             full, proto.ByteSize(), proto.ByteSize() / base.num_bytes, value, drop, holds, times, tuple(excluded),
             f"slower than fp32: {', '.join(slower)}" if slower else "",
@@ -195,17 +203,9 @@ def _with_entries(proto: Any, base: Any, precision: str, table: PrecisionTable) 
     """The file's own metadata, which a quantiser may drop, and what was done to it."""
     entries = {entry.key: entry.value for entry in base.metadata_props}
     entries["pyft.precision"] = precision
-    entries["pyft.precision_table"] = json.dumps(_finite(table.to_dict()), ensure_ascii=False, allow_nan=False)
+    entries["pyft.precision_table"] = json.dumps(finite(table.to_dict()), ensure_ascii=False, allow_nan=False)
     del proto.metadata_props[:]
     for key, value in sorted(entries.items()):
         proto.metadata_props.add(key=key, value=value)
     content: bytes = proto.SerializeToString(deterministic=True)
     return content
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value

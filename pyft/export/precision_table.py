@@ -87,6 +87,8 @@ class PrecisionTable:
 
 
 def _row(candidate: Candidate, chosen: bool) -> tuple[str, ...]:
+    if not candidate.num_bytes:
+        return (candidate.name, *[""] * 7, candidate.note)
     times = [f"{t.p50 * 1e3:.1f} / {t.p95 * 1e3:.1f} ({t.ratio:.2f}x)" for t in candidate.latency]
     note = "; ".join(filter(None, ["taken" if chosen else "", candidate.note]))
     return (

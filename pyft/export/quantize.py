@@ -83,8 +83,7 @@ def outer_nodes(proto: Any) -> set[str]:
 
 def named_nodes(proto: Any) -> Any:
     """A copy of the graph in which every node has a name of its own, by which it can be excluded."""
-    copy = type(proto)()
-    copy.CopyFrom(proto)
+    copy = _copy(proto)
     taken: set[str] = set()
     for number, node in enumerate(copy.graph.node):
         if not node.name or node.name in taken:
@@ -100,12 +99,30 @@ def to_fp16(proto: Any, excluded: Collection[str]) -> Any:
         excluded: names of nodes that stay in float32.
     """
     converter = need("onnxruntime.transformers.float16", "onnx", "precision='fp16'")
-    copy = type(proto)()
-    copy.CopyFrom(proto)
+    copy = _copy(proto)
     with _quiet():
-        return converter.convert_float_to_float16(
+        made = converter.convert_float_to_float16(
             copy, keep_io_types=True, node_block_list=sorted({*excluded, *outer_nodes(proto)})
         )
+    _without_detours(made.graph)
+    return made
+
+
+def _without_detours(graph: Any) -> None:
+    """Between two nodes that both stay in float32 the converter goes through fp16; there and back loses digits."""
+    onnx = need("onnx", "onnx", "lowering the precision of an ONNX file")
+    half = {
+        node.output[0]: node.input[0]
+        for node in graph.node
+        if node.op_type == "Cast" and node.attribute[0].i == onnx.TensorProto.FLOAT16
+    }
+    for node in graph.node:
+        if node.op_type == "Cast" and node.attribute[0].i == onnx.TensorProto.FLOAT and node.input[0] in half:
+            node.input[0] = half[node.input[0]]
+    used = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    rest = [node for node in graph.node if node.op_type != "Cast" or node.output[0] in used]
+    del graph.node[:]
+    graph.node.extend(rest)
 
 
 def to_int8_dynamic(proto: Any, excluded: Collection[str]) -> Any:
@@ -116,9 +133,12 @@ def to_int8_dynamic(proto: Any, excluded: Collection[str]) -> Any:
     """
     library = need("onnxruntime.quantization", "onnx", "precision='int8'")
     chosen = [weight for weight in weights_of(proto) if weight.op_type != "Conv" and weight.node not in excluded]
+    if not chosen:
+        # An empty list of nodes means all of them to onnxruntime.
+        return proto
     return _written(
         lambda path: library.quantize_dynamic(
-            proto, path, op_types_to_quantize=["MatMul", "Gather"], per_channel=True, reduce_range=True,
+            _copy(proto), path, op_types_to_quantize=["MatMul", "Gather"], per_channel=True, reduce_range=True,
             # A Gemm becomes a MatMul and an Add first.
             nodes_to_quantize=[name for w in chosen for name in (w.node, f"{w.node}_MatMul")],
             weight_type=library.QuantType.QInt8,
@@ -144,12 +164,19 @@ def to_int8_static(
     reader = type("Reader", (library.CalibrationDataReader,), {"get_next": _reader(calibration)})()
     return _written(
         lambda path: library.quantize_static(
-            proto, path, reader, quant_format=library.QuantFormat.QDQ, per_channel=True, reduce_range=True,
+            _copy(proto), path, reader, quant_format=library.QuantFormat.QDQ, per_channel=True, reduce_range=True,
             op_types_to_quantize=list(STATIC_OPS), nodes_to_exclude=sorted(kept),
             activation_type=library.QuantType.QUInt8, weight_type=library.QuantType.QInt8,
             calibrate_method=library.CalibrationMethod.MinMax, calibration_providers=[provider],
         )
     )  # fmt: skip
+
+
+def _copy(proto: Any) -> Any:
+    """The quantisers change what they are given."""
+    copy = type(proto)()
+    copy.CopyFrom(proto)
+    return copy
 
 
 def _reader(calibration: Sequence[Mapping[str, Any]]) -> Any:

@@ -59,6 +59,7 @@ def resized(graph: Graph, image: Value, size: int, resize: int, interpolation: s
     shape = graph.Shape(image)
     height, width = (graph.Gather(shape, axis, axis=0) for axis in (1, 2))
     short = graph.Min(height, width)
+    _mark_places(graph, height, width, short, resize, size)
     planes = graph.Transpose(image, perm=[0, 3, 1, 2])
     if interpolation == "nearest":
         for axis, side in ((2, height), (3, width)):
@@ -72,6 +73,17 @@ def resized(graph: Graph, image: Value, size: int, resize: int, interpolation: s
     # Rows that the crop leaves out are never resized.
     planes = along_rows(graph, graph.Slice(planes, rows.first, rows.end, [2]), columns, size)
     return turned(graph, turn, along_columns(graph, planes, rows, size))
+
+
+def _mark_places(graph: Graph, height: Value, width: Value, short: Value, resize: int, size: int) -> None:
+    """Where the crop lies, for boxes: a place (x, y) in it is (place + corner) * step in the picture; (2,) float32."""
+    new = [new_side(side, short, resize) for side in (width, height)]
+    corner = [graph.Reshape(crop_offset(graph, side, size).to(np.float32), [1]) for side in new]
+    step = [
+        graph.Reshape(old.to(np.float32) / made.to(np.float32), [1])
+        for old, made in zip((width, height), new, strict=True)
+    ]
+    graph.marks = {"corner": graph.Concat(*corner, axis=0), "step": graph.Concat(*step, axis=0)}
 
 
 def columns_first(graph: Graph, height: Value, width: Value, short: Value, resize: int) -> Value:

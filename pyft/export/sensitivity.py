@@ -21,14 +21,17 @@ def ranked_groups(
         max_trials: groups are so large that there are no more than this.
 
     Returns:
-        Tuples of node names; groups that bring nothing are left out.
+        Tuples of node names; groups that bring nothing are left out, and one that holds most of the bytes comes late.
     """
+    weights = weights_of(proto)
+    num_bytes = {weight.node: weight.num_bytes for weight in weights}
+    total = sum(num_bytes.values())
     gains = []
     everything = moved(lower(proto, []))
-    for group in groups_of(weights_of(proto), max_trials):
+    for group in groups_of(weights, max_trials):
         gain = everything - moved(lower(proto, group))
         if gain > 0:
-            gains.append((gain, group))
+            gains.append((gain * (1 - sum(num_bytes[name] for name in group) / total), group))
     return [group for _, group in sorted(gains, key=lambda one: -one[0])]
 
 

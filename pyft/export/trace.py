@@ -48,20 +48,31 @@ class Caller(torch.nn.Module):
     Args:
         model: called as `model(x)` for a lone Tensor and as `model(**inputs)` for a dict.
         names: the input names of a dict, or None.
+
+    Attributes:
+        outputs: names in the graph of what it gives.
     """
+
+    outputs: tuple[str, ...] = ("logits",)
 
     def __init__(self, model: torch.nn.Module, names: Sequence[str] | None) -> None:
         super().__init__()
         self.model = model
         self.names = None if names is None else tuple(names)
 
-    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+    def forward(self, *tensors: torch.Tensor) -> Any:
         """Tensors (B, ...) to logits (B, ...)."""
+        return logits_of(self.call(*tensors))
+
+    def logits(self, *tensors: torch.Tensor) -> torch.Tensor:
+        """Tensors (B, ...) to logits (B, ...), whatever else the graph gives."""
+        return self(*tensors)
+
+    def call(self, *tensors: torch.Tensor) -> Any:
+        """Whatever the model gives."""
         if self.names is None:
-            output = self.model(*tensors)
-        else:
-            output = self.model(**dict(zip(self.names, tensors, strict=True)))
-        return logits_of(output)
+            return self.model(*tensors)
+        return self.model(**dict(zip(self.names, tensors, strict=True)))
 
 
 def logits_of(output: Any) -> torch.Tensor:
@@ -117,7 +128,7 @@ def traced_program(caller: Caller, inputs: Inputs, free: FreeDims, opset: int | 
             dynamo=True,
             verbose=False,
             input_names=list(inputs),
-            output_names=["logits"],
+            output_names=list(caller.outputs),
             dynamic_shapes=(tuple(free.names[name] for name in inputs),),
             opset_version=opset,
         )

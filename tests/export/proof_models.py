@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
 import torch
 from torch import nn
 
@@ -97,3 +98,15 @@ def batch_of(raw: np.ndarray, targets: torch.Tensor | None = None):
         return Batch(preprocess(raw[index]), None if targets is None else targets[numbers], numbers)
 
     return make
+
+
+def tokenizer_json(words: list[str]) -> str:
+    """Splits at spaces and ends every text with [SEP]; [PAD] is 0."""
+    tokenizers = pytest.importorskip("tokenizers", reason="pip install 'pyft[text]'")
+    vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[SEP]", *words])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A [SEP]", special_tokens=[("[SEP]", vocabulary["[SEP]"])]
+    )
+    return made.to_str()

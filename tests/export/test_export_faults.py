@@ -18,7 +18,7 @@ onnx = pytest.importorskip("onnx", reason="pip install 'pyft[onnx]'")
 from proof_models import CLASSES, MEAN, batch_of, feeds, front, net, pictures, preprocess, write  # noqa: E402
 
 from pyft.errors import ExportError  # noqa: E402
-from pyft.export.onnx import export_onnx  # noqa: E402
+from pyft.export.onnx import export_module  # noqa: E402
 from pyft.export.parity import Parity, check_parity  # noqa: E402
 from pyft.export.run import OnnxModel  # noqa: E402
 
@@ -37,7 +37,7 @@ def model():
 def tensors(model, raw, tmp_path_factory):
     """The file that takes tensors; the others are made from it."""
     path = tmp_path_factory.mktemp("tensors") / "model.onnx"
-    return export_onnx(model, preprocess(raw[:4]), path, classes=CLASSES)
+    return export_module(model, preprocess(raw[:4]), path, classes=CLASSES)
 
 
 @pytest.fixture(scope="module")
