@@ -416,6 +416,7 @@ def evaluate_tuned(job: Job, run: RunDir, history: History, plan: FreezePlan, ke
         data_source=held_out_source(job),
         columns=data.train.columns,
         target_scale=job.target_scale,
+        label_column=job.arguments["label_column"],
     )
 
 

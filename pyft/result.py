@@ -41,6 +41,7 @@ class Result:
         seconds: time spent per part of the story.
         notes: what was said about the data and the model.
         columns: names of the table columns that the model takes, in its order; None for other data.
+        label_column: name of the table's label column, where it was given.
         target_scale: mean and std of the training targets, by which a regression was scaled; None: it was not. Metrics,
             `history`, `predict` and `evaluate` are in the targets' own unit.
     """
@@ -63,6 +64,7 @@ class Result:
     data_source: str | None = None
     columns: tuple[str, ...] | None = None
     target_scale: TargetScale | None = None
+    label_column: str | None = None
 
     def predict(self, raw: Any, *, batch_size: int = 64) -> list[dict[str, Any]]:
         """Predictions for raw samples, as `pyft.predict` gives them."""
@@ -96,7 +98,8 @@ class Result:
             return [f"pyft.evaluate({str(where)!r}, data)", f"pyft.predict({str(where)!r}, {sample})"]
         target, data = shlex.quote(str(where)), shlex.quote(self.data_source)
         sample = {"text": "'a text'", "image": "picture.jpg", "array": data}[self.kind]
-        commands = [f"pyft eval {target} {data}", f"pyft predict {target} {sample}"]
+        label = "" if self.label_column is None else f" --label-column {shlex.quote(self.label_column)}"
+        commands = [f"pyft eval {target} {data}{label}", f"pyft predict {target} {sample}"]
         if self.onnx is None:
             commands.append(f"pyft export {shlex.quote(str(self.run_dir))}")
         return commands

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from pyft.models.head import WIDTH_ATTRIBUTES
 
@@ -29,7 +30,9 @@ class Untouched:
         for module, mode in self.modes.items():
             module.training = mode
         for parameter, flag in self.flags:
-            parameter.requires_grad_(flag)
+            # A lazy layer that has not seen a batch takes no call, and nothing has changed its flag.
+            if not is_lazy(parameter):
+                parameter.requires_grad_(flag)
         self.model.__dict__.update(self.widths)
         if self.num_labels is not None:
             self.model.config.num_labels = self.num_labels  # type: ignore[union-attr]

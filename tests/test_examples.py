@@ -23,6 +23,7 @@ EXPECTED = {
     "lightning_optimizer": (("lightning", "sklearn"), "test accuracy", 0.92),
     "own_loop": (("sklearn",), "test accuracy", 0.92),
     "sequence_lstm": (("onnxscript", "sklearn"), "test_accuracy", 0.90),
+    "table_gaps_words": (("onnxscript",), "test_r2", 0.9),
     "table_mlp": (("onnxscript", "sklearn"), "test_accuracy", 0.92),
     "text_intents": (("transformers", "tokenizers"), "both: test accuracy", 0.75),
     "trainer_optimizer": (("accelerate", "sklearn", "transformers"), "test accuracy", 0.90),

@@ -272,8 +272,9 @@ def _fit_notes(made: TablePreprocess, rows: TableRows, name: str) -> list[str]:
     if made.number_columns:
         parts.append(f"{counted(len(made.number_columns), 'column')} of numbers scaled")
     if made.word_columns:
-        words = [f"{column.name} ({counted(len(column.values), 'value')})" for column in made.word_columns]
-        parts.append(f"{counted(len(words), 'column')} of words one-hot: {listed(words)}")
+        words = [f"{column.name!r} ({counted(len(column.values), 'value')})" for column in made.word_columns]
+        more = f" and {len(words) - SHOWN} more" if len(words) > SHOWN else ""
+        parts.append(f"{counted(len(words), 'column')} of words one-hot: {', '.join(words[:SHOWN])}{more}")
     notes = [f"{name}: {' and '.join(parts)}; {counted(made.num_features, 'feature')} for the model"]
     medians = {column.name: column.median for column in made.number_columns}
     for column, count in rows.gaps().items():
