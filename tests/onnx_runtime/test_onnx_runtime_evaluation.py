@@ -247,6 +247,12 @@ def test_what_cannot_be_evaluated(path: Path, name: str) -> None:
         pyft.evaluate(path, data, **keywords)
 
 
+def test_a_file_that_finds_boxes(tmp_path: Path) -> None:
+    file = array_file(tmp_path / "boxes.onnx", WEIGHT, task="image-detection")
+    with pytest.raises(ConfigError, match="finds boxes, of which no metrics are taken"):
+        pyft.evaluate(file, samples())
+
+
 def test_a_provider_for_a_module() -> None:
     with pytest.raises(ConfigError, match="torch runs this model"):
         pyft.evaluate(torch.nn.Linear(4, 3), samples(), provider="CUDAExecutionProvider")
