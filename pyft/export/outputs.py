@@ -54,14 +54,19 @@ def outputs_of(
     return graph
 
 
+def in_unit(outputs: Any, target: Mapping[str, Any]) -> Any:
+    """outputs * std + mean of an array (B, ...) or a Value of a graph, in float32."""
+    mean, std = (np.asarray(target[key], dtype=np.float32).reshape(-1) for key in ("mean", "std"))
+    return outputs * std + mean
+
+
 def _values(graph: Graph, logits: Value, shape: list[int | str], target: Mapping[str, Any] | None) -> None:
     value = logits
     if target is not None:
-        mean, std = (np.asarray(target[key], dtype=np.float32).reshape(-1) for key in ("mean", "std"))
-        width = shape[-1] if len(shape) > 1 else 1
-        if len(mean) != len(std) or len(mean) not in (1, width):
-            raise ConfigError(f"target: {len(mean)} means and {len(std)} deviations for logits of shape {tuple(shape)}")
-        value = value * std + mean
+        means, deviations = (np.asarray(target[key]).size for key in ("mean", "std"))
+        if means != deviations or means not in (1, shape[-1] if len(shape) > 1 else 1):
+            raise ConfigError(f"target: {means} means and {deviations} deviations for logits of shape {tuple(shape)}")
+        value = in_unit(logits, target)
     if len(shape) == 2 and shape[1] == 1:
         value, shape = graph.Squeeze(value, [1]), shape[:1]
     graph.output("value", value, shape)

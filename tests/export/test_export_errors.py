@@ -129,12 +129,6 @@ def test_argument_that_does_not_fit(change, message, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_too_large_for_one_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("pyft.export.onnx.MAX_BYTES", 39)
-    with pytest.raises(ExportError, match="holds less than"):
-        export_module(nn.Linear(4, 2), torch.randn(2, 4), tmp_path / "m.onnx")
-
-
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
 def test_missing_package_names_the_extra(package, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
