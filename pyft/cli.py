@@ -80,6 +80,7 @@ def _job(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 def evaluate(arguments: argparse.Namespace) -> int:
     """`pyft eval RUN_OR_ONNX DATA`."""
     from pyft.evaluate import evaluate as evaluate_model
+    from pyft.export.run import CPU
 
     metrics = evaluate_model(
         arguments.model,
@@ -87,7 +88,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         text_column=arguments.text_column,
         label_column=arguments.label_column,
-        **_provider(arguments),
+        provider=arguments.provider or CPU,
     )
     print(json.dumps(metrics.to_dict(), ensure_ascii=False) if arguments.json else metrics)
     return 0
@@ -95,6 +96,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 def compare(arguments: argparse.Namespace) -> int:
     """`pyft compare A B DATA`."""
+    from pyft.export.run import CPU
     from pyft.onnx_runtime import compare as compare_files
 
     comparison = compare_files(
@@ -108,14 +110,10 @@ def compare(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         text_column=arguments.text_column,
         label_column=arguments.label_column,
-        **_provider(arguments),
+        provider=arguments.provider or CPU,
     )
     print(json.dumps(comparison.to_dict(), ensure_ascii=False) if arguments.json else comparison)
     return 0
-
-
-def _provider(arguments: argparse.Namespace) -> dict[str, str]:
-    return {} if arguments.provider is None else {"provider": arguments.provider}
 
 
 def export(arguments: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pyft.data.raw import Raw
 from pyft.data.reading import is_dataset
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from pyft.result import Result
 
-    Model = nn.Module | Result | str | os.PathLike[str]
+    Model: TypeAlias = nn.Module | Result | str | os.PathLike[str]
 
 Backend = Literal["auto", "torch", "onnx"]
 
