@@ -18,6 +18,7 @@ from pyft.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from pyft import errors as errors
+    from pyft import onnx_runtime as onnx_runtime
     from pyft import ops as ops
     from pyft import optim as optim
     from pyft.core.doctor import doctor as doctor
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from pyft.freezing.prefix_cache import PrefixCache as PrefixCache
     from pyft.freezing.saved_bytes import saved_bytes as saved_bytes
     from pyft.freezing.select_rows import Rows as Rows
+    from pyft.onnx_runtime import compare as compare
     from pyft.plan import plan as plan
     from pyft.result import Result as Result
     from pyft.target_scale import TargetScale as TargetScale
@@ -54,6 +56,7 @@ _HOMES = {
     "TablePreprocess": "pyft.data.table_preprocess",
     "TargetScale": "pyft.target_scale",
     "apply_delta": "pyft.freezing.delta",
+    "compare": "pyft.onnx_runtime",
     "doctor": "pyft.core.doctor",
     "errors": "pyft.errors",
     "evaluate": "pyft.evaluate",
@@ -62,6 +65,7 @@ _HOMES = {
     "freeze": "pyft.freezing.plan",
     "lean": "pyft.freezing.lean.swap",
     "lean_calls": "pyft.freezing.lean.calls",
+    "onnx_runtime": "pyft.onnx_runtime",
     "ops": "pyft.ops",
     "optim": "pyft.optim",
     "plan": "pyft.plan",
@@ -71,7 +75,7 @@ _HOMES = {
     "save_delta": "pyft.freezing.delta",
     "train_only": "pyft.freezing.partial",
 }
-_MODULES = ("errors", "ops", "optim")
+_MODULES = ("errors", "onnx_runtime", "ops", "optim")
 
 __all__ = [
     "FreezePlan",
@@ -84,6 +88,7 @@ __all__ = [
     "TargetScale",
     "__version__",
     "apply_delta",
+    "compare",
     "doctor",
     "errors",
     "evaluate",
@@ -92,6 +97,7 @@ __all__ = [
     "freeze",
     "lean",
     "lean_calls",
+    "onnx_runtime",
     "ops",
     "optim",
     "plan",

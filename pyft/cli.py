@@ -1,4 +1,4 @@
-"""The command `pyft`: train, plan, eval, export, predict, resume, doctor, quickstart. --help imports nothing heavy.
+"""The command `pyft`: train, plan, eval, compare, export, predict, resume, doctor, quickstart. --help loads little.
 
 Exit codes: 0 done; 1 `doctor` found that the core cannot be built; 2 something is wrong with the command, the data or
 the files (one line on standard error); 130 stopped by Ctrl-C. With PYFT_TRACEBACK=1 errors come with their traceback.
@@ -80,6 +80,7 @@ def _job(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 def evaluate(arguments: argparse.Namespace) -> int:
     """`pyft eval RUN_OR_ONNX DATA`."""
     from pyft.evaluate import evaluate as evaluate_model
+    from pyft.export.run import CPU
 
     metrics = evaluate_model(
         arguments.model,
@@ -87,8 +88,31 @@ def evaluate(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         text_column=arguments.text_column,
         label_column=arguments.label_column,
+        provider=arguments.provider or CPU,
     )
     print(json.dumps(metrics.to_dict(), ensure_ascii=False) if arguments.json else metrics)
+    return 0
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """`pyft compare A B DATA`."""
+    from pyft.export.run import CPU
+    from pyft.onnx_runtime import compare as compare_files
+
+    comparison = compare_files(
+        arguments.a,
+        arguments.b,
+        arguments.data,
+        metric=arguments.metric.split(",") if "," in arguments.metric else arguments.metric,
+        resamples=arguments.resamples,
+        confidence=arguments.confidence,
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+        text_column=arguments.text_column,
+        label_column=arguments.label_column,
+        provider=arguments.provider or CPU,
+    )
+    print(json.dumps(comparison.to_dict(), ensure_ascii=False) if arguments.json else comparison)
     return 0
 
 
@@ -112,6 +136,7 @@ def predict(arguments: argparse.Namespace) -> int:
         text_column=arguments.text_column,
         batch_size=arguments.batch_size,
         as_json=arguments.json,
+        provider=arguments.provider,
     )
     for line in lines:
         print(line)
@@ -146,6 +171,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": train,
     "plan": plan,
     "eval": evaluate,
+    "compare": compare,
     "export": export,
     "predict": predict,
     "resume": resume,

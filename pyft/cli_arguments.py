@@ -314,6 +314,29 @@ def _add_columns(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label-column", metavar="NAME", help="column that holds the label")
 
 
+def _add_provider(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--provider", metavar="NAME", help="onnxruntime's execution provider [CPUExecutionProvider]")
+
+
+def _add_compare(commands: Any) -> None:
+    parser = commands.add_parser(
+        "compare", help="two ONNX files on the same labelled data",
+        description="Metrics of two ONNX files on the same data, bootstrap intervals of their differences, and "
+        "McNemar's test.",
+    )  # fmt: skip
+    parser.add_argument("a", metavar="A", help="a .onnx file, or the folder of a run that holds model.onnx")
+    parser.add_argument("b", metavar="B", help="another")
+    parser.add_argument("data", metavar="DATA", help="labelled data, as for train")
+    parser.add_argument("--metric", default="auto", metavar="NAME", help="a metric, or several with commas [auto]")
+    parser.add_argument("--resamples", type=whole, default=2000, metavar="N", help="draws of the bootstrap [2000]")
+    parser.add_argument("--confidence", type=number, default=0.95, metavar="X", help="of the intervals [0.95]")
+    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="seed of the bootstrap [0]")
+    parser.add_argument("--batch-size", type=whole, default=64, metavar="N", help="samples at a time [64]")
+    _add_columns(parser)
+    _add_provider(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
 def _add_others(commands: Any) -> None:
     parser = commands.add_parser(
         "eval", help="metrics of a run or an ONNX file on labelled data",
@@ -323,8 +346,10 @@ def _add_others(commands: Any) -> None:
     parser.add_argument("data", metavar="DATA", help="labelled data, as for train")
     parser.add_argument("--batch-size", type=whole, default=64, metavar="N", help="samples at a time [64]")
     _add_columns(parser)
+    _add_provider(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
+    _add_compare(commands)
     parser = commands.add_parser(
         "export", help="write a run's model as ONNX", description="Write a run's model as ONNX."
     )
@@ -353,6 +378,7 @@ def _add_others(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--text-column", metavar="NAME", help="column that holds the text")
     parser.add_argument("--batch-size", type=whole, default=64, metavar="N", help="samples at a time [64]")
+    _add_provider(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
 
     parser = commands.add_parser(

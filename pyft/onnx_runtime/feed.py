@@ -26,6 +26,9 @@ HELD_BYTES = 2**26
 """Pictures that wait for others of their size; above this the largest group goes, however few it has."""
 
 THREADS = 4
+ENCODED = 4096
+"""Texts that are tokenised at a time."""
+
 TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -240,12 +243,19 @@ def _token_feeds(model: OnnxModel, raw: Any, batch_size: int) -> Iterator[Feed]:
     names = [value.name for value in model.inputs]
     if "input_ids" not in names or not set(names) <= set(TOKEN_INPUTS):
         raise ConfigError(f"{_named(model)} takes the inputs {', '.join(names)}, which texts cannot be made into")
-    flat, offsets = preprocess.encode_flat(list(raw))
+    flat, offsets = _encoded(preprocess, list(raw))
     order = np.argsort(np.diff(offsets), kind="stable")
     for place in _slices(len(order), batch_size):
         rows = gather_rows(flat, offsets, order[place], preprocess.pad_id)
         rows["token_type_ids"] = np.zeros_like(rows["input_ids"])
         yield Feed({name: rows[name] for name in names}, order[place])
+
+
+def _encoded(preprocess: TextPreprocess, texts: list[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """As `encode_flat`, some texts at a time: the tokenizer gives kilobytes for each, of which the numbers are kept."""
+    parts = [preprocess.encode_flat(texts[start : start + ENCODED]) for start in range(0, len(texts), ENCODED)]
+    lengths = np.concatenate([np.diff(offsets) for _, offsets in parts])
+    return np.concatenate([flat for flat, _ in parts]), np.concatenate([[0], np.cumsum(lengths)])
 
 
 # ---------------------------------------------------------------- pictures
@@ -258,7 +268,7 @@ def _pixel_feeds(model: OnnxModel, raw: Any, batch_size: int) -> Iterator[Feed]:
     def pixels(image: Any) -> NDArray[np.uint8]:
         return cropped_pixels(image, spec["size"], spec["resize"], spec["interpolation"])
 
-    decoded = _ahead(raw, pixels, 2 * batch_size)
+    decoded = _ahead(raw, pixels)
     for index in _slices(len(raw), batch_size):
         batch = np.stack([next(decoded) for _ in index])
         yield Feed({name: normalised(batch, spec["mean"], spec["std"], spec["scale"])}, index)
@@ -269,7 +279,7 @@ def _picture_feeds(model: OnnxModel, raw: Any, batch_size: int) -> Iterator[Feed
     name = _only_input(model).name
     waiting: dict[tuple[int, ...], list[tuple[int, NDArray[np.uint8]]]] = {}
     held = 0
-    for number, pixels in enumerate(_ahead(raw, _whole_picture, 2 * batch_size)):
+    for number, pixels in enumerate(_ahead(raw, _whole_picture)):
         waiting.setdefault(pixels.shape, []).append((number, pixels))
         held += pixels.nbytes
         shape = pixels.shape
@@ -295,15 +305,15 @@ def _picture_feed(name: str, group: list[tuple[int, NDArray[np.uint8]]]) -> Feed
     return Feed({name: np.stack([pixels for _, pixels in group])}, np.array([number for number, _ in group], np.int64))
 
 
-def _ahead(items: Sequence[Any], make: Callable[[Any], Any], most: int) -> Iterator[Any]:
-    """`make` of each item in order, by threads that are at most `most` items ahead."""
+def _ahead(items: Sequence[Any], make: Callable[[Any], Any]) -> Iterator[Any]:
+    """`make` of each item in order, by threads that are a few items ahead: a photo decoded is 36 MB."""
     pool = ThreadPoolExecutor(THREADS, thread_name_prefix="pyft-feed")
     coming: deque[Future[Any]] = deque()
     try:
         # By number: a Dataset has a length, and need not say where it ends otherwise.
         for number in range(len(items)):
             coming.append(pool.submit(make, items[number]))
-            if len(coming) >= most:
+            if len(coming) > 2 * THREADS:
                 yield coming.popleft().result()
         while coming:
             yield coming.popleft().result()

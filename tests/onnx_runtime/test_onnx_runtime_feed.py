@@ -146,6 +146,13 @@ class TestPictures:
             t for t in threading.enumerate() if t.name.startswith("pyft-feed") and not t.join(5) and t.is_alive()
         ]
 
+    def test_pictures_are_decoded_a_few_ahead(self, raw_pictures: OnnxModel, monkeypatch: pytest.MonkeyPatch) -> None:
+        decoded = []
+        upright = feed_module.upright
+        monkeypatch.setattr(feed_module, "upright", lambda image: decoded.append(1) or upright(image))
+        next(feeds(raw_pictures, [Image.fromarray(one) for one in pictures(200, ((8, 8),))], batch_size=16))
+        assert len(decoded) <= 16 + 2 * feed_module.THREADS + 1
+
     def test_without_pillow(self, raw_pictures: OnnxModel, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(__import__("sys").modules, "PIL.Image", None)
         assert len(list(feeds(raw_pictures, pictures(2)))) == 2
@@ -192,6 +199,11 @@ class TestTexts:
         assert lengths == sorted(lengths)
         assert all(one.inputs["input_ids"].shape[1] == max(len(expected[n]) for n in one.index) for one in made)
         assert gathered(token_file, TEXTS)[0].tolist() == [sum(ids) for ids in expected]
+
+    def test_texts_are_tokenised_in_parts(self, token_file: OnnxModel, monkeypatch: pytest.MonkeyPatch) -> None:
+        whole = [one.inputs["input_ids"].tolist() for one in feeds(token_file, TEXTS, batch_size=2)]
+        monkeypatch.setattr(feed_module, "ENCODED", 4)
+        assert [one.inputs["input_ids"].tolist() for one in feeds(token_file, TEXTS, batch_size=2)] == whole
 
     def test_masks_where_the_file_takes_them(self, tmp_path: Path) -> None:
         names = ("input_ids", "attention_mask", "token_type_ids")
