@@ -32,6 +32,7 @@ from pyft.optim.options import StepOptions, checked
 from pyft.optim.report import LastStep, name_of, nonfinite_message, number_of
 from pyft.optim.step_plan import GroupStep, Member, StepPlan, add_exactly, group_step
 
+
 class CoreOptimizer(torch.optim.Optimizer):
     """Base of the optimizers. A class gives the rule of a group, its numbers, and checks its hyperparameters."""
 
@@ -395,7 +396,7 @@ class CoreOptimizer(torch.optim.Optimizer):
         over = None
         if self.settings.takes_norm:
             params = [member.param for member in members]
-            over = shards.shards_of(params, by_rows, lambda i: self._name(params[i]))
+            over = shards.shards_of(params, by_rows, lambda i: f"parameter {self._name(params[i])}")
         given: dict[str, Any] = {"weights": self.settings.weights, "seed": self.settings.seed, "over": over}
         if takes_all(members, rules, by_rows, over):
             return DevicePlan(members, rules, self.state, **given)

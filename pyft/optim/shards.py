@@ -30,7 +30,7 @@ def local(tensor: Tensor) -> Tensor:
     return held if type(held) is Tensor else tensor.to_local().wait()
 
 
-def local_gradient(param: Tensor, grad: Tensor, name: Callable[[], str] = lambda: "a parameter") -> Tensor:
+def local_gradient(param: Any, grad: Any, name: str = "a parameter") -> Tensor:
     """This process's part of the gradient of a parameter, spread as the parameter is.
 
     Raises:
@@ -39,7 +39,7 @@ def local_gradient(param: Tensor, grad: Tensor, name: Callable[[], str] = lambda
     if is_distributed(param) != is_distributed(grad):
         kinds = [type(one).__name__ for one in (param, grad)]
         raise TypeError(
-            f"{name()} is a {kinds[0]} but its gradient a {kinds[1]}: both must be DTensors, or neither; run backward "
+            f"{name} is a {kinds[0]} but its gradient a {kinds[1]}: both must be DTensors, or neither; run backward "
             "through the module that fully_shard was called on"
         )
     if not is_distributed(grad):
@@ -47,6 +47,16 @@ def local_gradient(param: Tensor, grad: Tensor, name: Callable[[], str] = lambda
     if grad.placements != param.placements:
         grad = grad.redistribute(param.device_mesh, param.placements)
     return local(grad)
+
+
+def summed(grad: Tensor) -> Tensor:
+    """A gradient whose parameter is not known, with partial sums added up."""
+    if not is_distributed(grad) or not any(placement.is_partial() for placement in grad.placements):
+        return grad
+    from torch.distributed.tensor import Replicate
+
+    whole = [Replicate() if placement.is_partial() else placement for placement in grad.placements]
+    return grad.redistribute(grad.device_mesh, whole)
 
 
 def like(param: Tensor, key: str, value: Tensor) -> Tensor:
@@ -87,7 +97,7 @@ def local_gradients(members: Sequence[Any], spread: Sequence[int], grads: list[T
     for i in spread:
         if not members[i].is_where_it_was():
             return None
-        grads[i] = local_gradient(members[i].param, grads[i], lambda i=i: f"parameter {members[i].number}")
+        grads[i] = local_gradient(members[i].param, grads[i], f"parameter {members[i].number}")
     return grads
 
 
@@ -163,20 +173,20 @@ def part_number(param: Tensor) -> int:
     return number
 
 
-def check_placements(param: Tensor, name: str) -> None:
+def check_placements(tensor: Tensor, name: str) -> None:
     """Refuse what has no memory of its own here.
 
     Raises:
         TypeError: partial sums, or a mesh that this process is not in.
     """
-    if not is_distributed(param):
+    if not is_distributed(tensor):
         return
-    if any(placement.is_partial() for placement in param.placements):
+    if any(placement.is_partial() for placement in tensor.placements):
         raise TypeError(
-            f"{name} is a DTensor of partial sums, {param.placements}; redistribute() it to Shard or Replicate first"
+            f"{name} is a DTensor of partial sums, {tensor.placements}; redistribute() it to Shard or Replicate first"
         )
-    if param.device_mesh.get_coordinate() is None:
-        raise TypeError(f"{name} is a DTensor on {param.device_mesh}, which this process is not in; leave it out here")
+    if tensor.device_mesh.get_coordinate() is None:
+        raise TypeError(f"{name} is spread over {tensor.device_mesh}, which this process is not in; leave it out here")
 
 
 class Shards:
@@ -200,6 +210,10 @@ class Shards:
         for param in params:
             mine = _sharded_dims(param) if is_distributed(param) else []
             self.counted.append(float(all(dim in mine or mesh.get_local_rank(dim) == 0 for dim in dims)))
+        self._processes, self._place = 1, 0
+        for dim in dims:
+            self._processes = self._processes * mesh.size(dim)
+            self._place = self._place * mesh.size(dim) + mesh.get_local_rank(dim)
         self._weights = torch.tensor(self.counted, dtype=torch.float64, device=self.device)
         self._all_mine = all(self.counted)
 
@@ -217,6 +231,16 @@ class Shards:
         values = self.count_(torch.tensor(sums, dtype=torch.float64, device=self.device))
         self.add_up_(values)
         return values.tolist()
+
+    def norm(self, of_mine: Tensor, norm_type: float) -> Tensor:
+        """The p-norm of all gradients from () that of the counted ones of each process: () float64 on `device`."""
+        of_each = torch.zeros(self._processes, dtype=torch.float64, device=self.device)
+        of_each[self._place] = of_mine
+        self.add_up_(of_each)
+        # Large powers overflow; nothing here may wait for a GPU.
+        largest = of_each.amax()
+        unit = torch.where((largest > 0.0) & largest.isfinite(), largest, 1.0)
+        return torch.linalg.vector_norm(of_each / unit, norm_type) * unit
 
 
 def shards_of(params: Sequence[Tensor], by_rows: bool, name: Callable[[int], str]) -> Shards | None:
@@ -239,13 +263,13 @@ def shards_of(params: Sequence[Tensor], by_rows: bool, name: Callable[[int], str
             mesh, first = param.device_mesh, i
         elif param.device_mesh != mesh:
             raise ValueError(
-                f"parameter {name(i)} is spread over {param.device_mesh}, {name(first)} over {mesh}: whose norms "
+                f"{name(i)} is spread over {param.device_mesh}, {name(first)} over {mesh}: whose norms "
                 "belong together is not known; give each mesh an optimizer of its own, or do not clip"
             )
         if by_rows and any(dim > 0 for dim in cut_dims(param)):
             raise ValueError(
-                f"parameter {name(i)} is spread as {param.placements}, which cuts the rows that clip_mode='agc' "
-                "scales; shard it on dimension 0, or clip by 'tensor', 'group' or 'global'"
+                f"{name(i)} is spread as {param.placements}, which cuts the rows that adaptive clipping "
+                "scales; shard it on dimension 0, or clip by another norm"
             )
         dims |= {dim for dim in _sharded_dims(param) if mesh.size(dim) > 1}
     return Shards(params, mesh, sorted(dims)) if dims else None

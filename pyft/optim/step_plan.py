@@ -29,7 +29,7 @@ class Member:
     Of a DTensor, `local` and `local_state` are what this process has; else the same as `param` and `state`.
     """
 
-    param: Tensor
+    param: Any
     group: int
     number: int
     state: dict[str, Tensor]
@@ -170,8 +170,9 @@ class StepPlan:
         )
 
     def gradients(self, param_groups: list[dict[str, Any]], state: dict[Any, Any]) -> list[Tensor] | None:
-        """The gradients of `params`, of DTensors this process's parts; None when the parameters that have one, their groups or any of their state
-        tensors are no longer those of this plan, or there is no core to tell it quickly."""
+        """The gradients of `params`, of DTensors this process's parts; None when the parameters that have one, their
+        groups or any of their state tensors are no longer those of this plan, or there is no core to tell it quickly.
+        """
         known = None if self.held_state is None else self.held_state.gradients(param_groups, state)
         return None if known is None else shards.local_gradients(self.members, self.spread, known)
 

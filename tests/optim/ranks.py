@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import traceback
@@ -41,9 +42,7 @@ class Ranks:
         self._pipes, self.processes = [], []
         for rank in range(world):
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(rank, world, str(folder / "store"), theirs), daemon=True
-            )
+            process = context.Process(target=_serve, args=(rank, world, str(folder / "store"), theirs), daemon=True)
             process.start()
             self._pipes.append(ours)
             self.processes.append(process)
@@ -72,10 +71,8 @@ class Ranks:
         """End them all."""
         for pipe in self._pipes:
             if not pipe.closed:
-                try:
+                with contextlib.suppress(OSError):
                     pipe.send(None)
-                except OSError:
-                    pass
         for process in self.processes:
             process.join(5)
             if process.is_alive():
