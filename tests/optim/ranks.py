@@ -38,7 +38,11 @@ class Ranks:
     """`world` spawned processes; calling it runs a function of an importable module in all of them."""
 
     def __init__(self, world: int, folder: Path) -> None:
-        context = multiprocessing.get_context("spawn")
+        # The server imports what takes seconds, once for all ranks; it runs no threads that a fork could lose.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(
+            ["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "pyft.optim"]
+        )
         self._pipes, self.processes = [], []
         for rank in range(world):
             ours, theirs = context.Pipe()
@@ -52,20 +56,25 @@ class Ranks:
         for pipe in self._pipes:
             pipe.send((function, arguments))
 
+    def _answer(self, rank: int) -> tuple[bool, Any]:
+        return self._pipes[rank].recv() if self._pipes[rank].poll(2 * TIMEOUT) else (False, "it hangs")
+
     def finish(self, rank: int) -> Any:
         """What the function returned on this rank.
 
         Raises:
             AssertionError: it raised there, or is not done in time.
         """
-        assert self._pipes[rank].poll(2 * TIMEOUT), f"rank {rank} hangs"
-        done, result = self._pipes[rank].recv()
+        done, result = self._answer(rank)
         assert done, f"rank {rank}: {result}"
         return result
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         self.start(function, *arguments)
-        return [self.finish(rank) for rank in range(len(self._pipes))]
+        answers = [self._answer(rank) for rank in range(len(self._pipes))]
+        for rank, (done, result) in enumerate(answers):
+            assert done, f"rank {rank}: {result}"
+        return [result for _, result in answers]
 
     def close(self) -> None:
         """End them all."""
