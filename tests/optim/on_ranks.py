@@ -53,8 +53,21 @@ def spread(tensors: list[Tensor], kind: str) -> list[Any]:
             mesh = mesh_of(2, 2)
             second = Shard(1) if tensor.ndim > 1 and number % 2 == 0 else Replicate()
             placements = [Shard(0), second]
-        made.append(distribute_tensor(tensor, mesh, placements))
+        made.append(placed(tensor, mesh, placements))
     return [*made, tensors[-1]]
+
+
+def placed(tensor: Tensor, mesh: DeviceMesh, placements: list[Any]) -> DTensor:
+    """As distribute_tensor of what all processes have, without sending it."""
+    part = tensor
+    for dim, placement in enumerate(placements):
+        if isinstance(placement, Shard):
+            cut = part.chunk(mesh.size(dim), placement.dim)
+            rank = mesh.get_local_rank(dim)
+            part = cut[rank] if rank < len(cut) else cut[0].narrow(placement.dim, 0, 0)
+    return DTensor.from_local(
+        part.clone(), mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
 
 
 def whole(tensor: Any) -> Tensor:
@@ -294,8 +307,8 @@ def one_bad_rank_of_copies(value: float) -> Any:
 
 
 def saved_and_loaded(folder: str, options: dict[str, Any], saver: str) -> Any:
-    """Ten steps, saved by torch.distributed.checkpoint, loaded into another model and optimizer, ten more; and twenty
-    without a stop. `saver`: "pyft" or "torch", whose AdamW takes the first ten steps."""
+    """Four steps, saved by torch.distributed.checkpoint, loaded into another model and optimizer, four more; and eight
+    without a stop. `saver`: "pyft" or "torch", whose AdamW takes the first four steps."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -307,10 +320,10 @@ def saved_and_loaded(folder: str, options: dict[str, Any], saver: str) -> Any:
         )
 
     straight = sharded_net()
-    train(straight, pyft.optim.AdamW(straight.parameters(), **options), range(20))
+    train(straight, pyft.optim.AdamW(straight.parameters(), **options), range(8))
     model = sharded_net()
     optimizer = first(model)
-    train(model, optimizer, range(10))
+    train(model, optimizer, range(4))
     weights, state = get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
     again = sharded_net()
@@ -320,9 +333,11 @@ def saved_and_loaded(folder: str, options: dict[str, Any], saver: str) -> Any:
     later = pyft.optim.AdamW(again.parameters(), **options)
     weights, state = get_state_dict(again, later)
     loaded = {"model": weights, "optimizer": state}
-    dcp.load(loaded, checkpoint_id=folder)
+    # Groups of torch have no decay_to_init.
+    planner = dcp.DefaultLoadPlanner(allow_partial_load=saver == "torch")
+    dcp.load(loaded, checkpoint_id=folder, planner=planner)
     set_state_dict(again, later, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
-    train(again, later, range(10, 20))
+    train(again, later, range(4, 8))
     placed = [
         value.placements == param.placements
         for param in again.parameters()

@@ -44,8 +44,8 @@ def assert_same_on_all(results: list[Any]) -> Any:
 
 @pytest.mark.parametrize(("name", "options"), ELEMENTWISE, ids=str)
 def test_shards_have_the_bits_of_the_whole(ranks: Ranks, assert_equal: Any, name: str, options: dict[str, Any]) -> None:
-    [got, *_] = ranks(on_ranks.by_given_gradients, name, options, "shards")
-    want = on_ranks.by_given_gradients(name, options, None)
+    [got, *_] = ranks(on_ranks.by_given_gradients, name, options, "shards", torch.float32, 5)
+    want = on_ranks.by_given_gradients(name, options, None, torch.float32, 5)
     assert_equal(got["params"], want["params"])
     for ours, theirs in zip(got["state"], want["state"], strict=True):
         assert list(ours) == list(theirs)
@@ -99,8 +99,9 @@ BY_ROWS: list[dict[str, Any]] = [
     ids=str,
 )
 def test_norms_are_those_of_the_whole(ranks: Ranks, kind: str, options: dict[str, Any]) -> None:
-    results = ranks(on_ranks.by_given_gradients, "SGD", {"lr": 0.01, "momentum": 0.9, **options}, kind)
-    want = on_ranks.by_given_gradients("SGD", {"lr": 0.01, "momentum": 0.9, **options}, None)
+    given = {"lr": 0.01, "momentum": 0.9, **options}
+    results = ranks(on_ranks.by_given_gradients, "SGD", given, kind, torch.float32, 5)
+    want = on_ranks.by_given_gradients("SGD", given, None, torch.float32, 5)
     for got in results:
         for ours, theirs in zip(got["params"], want["params"], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
@@ -109,7 +110,7 @@ def test_norms_are_those_of_the_whole(ranks: Ranks, kind: str, options: dict[str
     limit = options.get("clip_value", math.inf)
     true = [
         math.sqrt(sum(float(g.double().clamp(-limit, limit).square().sum()) for g in same_values(SHAPES, 100 + step)))
-        for step in range(20)
+        for step in range(5)
     ]
     assert norms[0] == pytest.approx(true, rel=1e-12)
     if options not in BY_ROWS:
@@ -129,8 +130,7 @@ def test_one_sum_over_the_processes_in_a_step(ranks: Ranks) -> None:
 
 
 # In "two dimensions" and "shards" the last parameter is the same in every process.
-@pytest.mark.parametrize("number", [0, 4, len(SHAPES) - 1])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(("number", "value"), [(0, math.nan), (4, math.inf), (len(SHAPES) - 1, math.nan)])
 @pytest.mark.parametrize("policy", ["skip", "raise"])
 @pytest.mark.parametrize("kind", ["shards", "two dimensions"])
 def test_all_processes_refuse_a_step_or_none(ranks: Ranks, kind: str, policy: str, value: float, number: int) -> None:
@@ -159,7 +159,8 @@ def test_clip_grad_norm(ranks: Ranks, kind: str, norm_type: float) -> None:
         torch.testing.assert_close(ours, before * (1.5 / (want + 1e-6)), rtol=2e-6, atol=0.0)
 
 
-@pytest.mark.parametrize("norm_type", [2.0, 1.0, math.inf])
+# torch's own has no inf-norm where a process has no part of a gradient.
+@pytest.mark.parametrize("norm_type", [2.0, 1.0])
 def test_clip_grad_norm_of_torch(ranks: Ranks, norm_type: float) -> None:
     options = {"max_norm": 1e9, "norm_type": norm_type}
     [(theirs, _), *_] = ranks(on_ranks.clipped, "clip_grad_norm_", "shards", "torch", options)
@@ -167,8 +168,7 @@ def test_clip_grad_norm_of_torch(ranks: Ranks, norm_type: float) -> None:
     assert theirs == pytest.approx(float(whole), rel=1e-5)
     [(ours, _), *_] = ranks(on_ranks.clipped, "clip_grad_norm_", "shards", "pyft", options)
     last = float(torch.linalg.vector_norm(same_values(SHAPES, 2, 3.0)[-1], norm_type))
-    both = max(theirs, last) if norm_type == math.inf else (theirs**norm_type + last**norm_type) ** (1 / norm_type)
-    assert ours == pytest.approx(both, rel=1e-5)
+    assert ours == pytest.approx((theirs**norm_type + last**norm_type) ** (1 / norm_type), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_other_functions_of_clipping(ranks: Ranks, kind: str, function: str, opt
             torch.testing.assert_close(one, other, rtol=1e-6, atol=0.0)
 
 
-def in_one_process(name: str, options: dict[str, Any], clip_norm: float | None, steps: int = 20) -> Any:
+def in_one_process(name: str, options: dict[str, Any], clip_norm: float, steps: int = 20) -> Any:
     """Parameters and norms of torch's own training, in float64 and with the whole batch."""
     model = on_ranks.net(torch.float64)
     optimizer = getattr(torch.optim, name)(model.parameters(), **options)
@@ -198,7 +198,7 @@ def in_one_process(name: str, options: dict[str, Any], clip_norm: float | None, 
         x, y = on_ranks.batch(step, torch.float64)
         optimizer.zero_grad()
         (model(x) - y).square().mean().backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm or math.inf)))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)))
         optimizer.step()
     return dict(model.named_parameters()), norms
 
@@ -212,25 +212,26 @@ TRAININGS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("clip_norm", [None, 0.5])
 @pytest.mark.parametrize(("name", "options"), TRAININGS, ids=str)
-def test_fully_shard_trains_as_one_process(ranks: Ranks, name: str, options: Any, clip_norm: float | None) -> None:
-    results = ranks(on_ranks.train_shards, name, {**options, "clip_norm": clip_norm})
-    want, norms = in_one_process(name, options, clip_norm)
+def test_fully_shard_trains_as_one_process(ranks: Ranks, name: str, options: Any) -> None:
+    results = ranks(on_ranks.train_shards, name, {**options, "clip_norm": 0.5})
+    want, norms = in_one_process(name, options, 0.5)
     assert_same_on_all(results)
     for ours, theirs in zip(results[0]["params"], want.values(), strict=True):
         torch.testing.assert_close(ours.double(), theirs.detach(), rtol=2e-4, atol=2e-5)
-    if clip_norm is not None:
-        assert results[0]["norms"] == pytest.approx(norms, rel=2e-4)
+    assert results[0]["norms"] == pytest.approx(norms, rel=2e-4)
 
 
-@pytest.mark.parametrize("options", [{"norm_in_backward": True}, {"grads": "free"}, {"foreach": True}], ids=str)
-@pytest.mark.filterwarnings("ignore:.*is ignored")
-def test_ways_to_the_same_bits(ranks: Ranks, options: dict[str, Any]) -> None:
-    given = {"lr": 0.01, "clip_norm": 0.5}
-    assert repr(ranks(on_ranks.train_shards, "AdamW", {**given, **options})) == repr(
-        ranks(on_ranks.train_shards, "AdamW", given)
-    )
+@pytest.fixture(scope="module")
+def clipped_training(ranks: Ranks) -> Any:
+    """What a training of 5 steps comes to."""
+    return ranks(on_ranks.train_shards, "AdamW", {"lr": 0.01, "clip_norm": 0.5}, 5)
+
+
+@pytest.mark.parametrize("options", [{"norm_in_backward": True}, {"grads": "free"}], ids=str)
+def test_ways_to_the_same_bits(ranks: Ranks, clipped_training: Any, options: dict[str, Any]) -> None:
+    got = ranks(on_ranks.train_shards, "AdamW", {"lr": 0.01, "clip_norm": 0.5, **options}, 5)
+    assert repr(got) == repr(clipped_training)
 
 
 def test_norms_in_backward_are_used(ranks: Ranks) -> None:
@@ -239,15 +240,17 @@ def test_norms_in_backward_are_used(ranks: Ranks) -> None:
 
 
 def test_step_in_backward_of_shards(ranks: Ranks, assert_equal: Any) -> None:
-    [late, *_] = ranks(on_ranks.train_shards, "AdamW", {"lr": 0.01, "clip_norm": {"tensor": 0.1}})
-    [early, *_] = ranks(
-        on_ranks.train_shards, "AdamW", {"lr": 0.01, "clip_norm": {"tensor": 0.1}, "step_in_backward": True}
-    )
+    given = {"lr": 0.01, "clip_norm": {"tensor": 0.1}}
+    [late, *_] = ranks(on_ranks.train_shards, "AdamW", given, 5)
+    [early, *_] = ranks(on_ranks.train_shards, "AdamW", {**given, "step_in_backward": True}, 5)
     assert_equal(early["params"], late["params"])
 
 
-@pytest.mark.parametrize("how", ["plain", "views", "accumulated", "parts"])
-@pytest.mark.parametrize(("name", "options"), [*TRAININGS, ("Lion", {"lr": 0.002})], ids=str)
+COPIES = [("plain", *case) for case in [*TRAININGS, ("Lion", {"lr": 0.002}), ("Adafactor", {"lr": 0.01})]]
+COPIES += [(how, *TRAININGS[0]) for how in ("views", "accumulated", "parts")]
+
+
+@pytest.mark.parametrize(("how", "name", "options"), COPIES, ids=str)
 def test_copies_train_as_one_process(ranks: Ranks, how: str, name: str, options: Any) -> None:
     results = ranks(on_ranks.train_copies, name, {**options, "clip_norm": 0.5}, how)
     got = assert_same_on_all(results)
@@ -343,10 +346,11 @@ def test_8_bit_moments_of_shards(ranks: Ranks) -> None:
     given: dict[str, Any] = {"lr": 0.01}
     [coded, *_] = ranks(on_ranks.by_given_gradients, "AdamW", {**given, "state_dtype": "int8"}, "shards")
     want = on_ranks.by_given_gradients("AdamW", given, None)
-    moved = [(a - b).abs().max() for a, b in zip(want["params"], same_values(SHAPES, 1), strict=True) if a.numel()]
-    off = [(a - b).abs().max() for a, b in zip(want["params"], coded["params"], strict=True) if a.numel()]
-    assert all(one < 0.25 * other for one, other in zip(off, moved, strict=True))
-    assert any(one > 0 for one in off)
+    # Of tensors with enough elements for a mean.
+    for number in (0, 2, 4, 7):
+        moved = want["params"][number] - same_values(SHAPES, 1)[number]
+        off = coded["params"][number] - want["params"][number]
+        assert 0.0 < float(off.norm()) < 0.25 * float(moved.norm())
     # Of 30 rows a part has 8: 160 elements, one block; of 257 a part has 65.
     assert coded["state"][0]["exp_avg_scale"].shape == (4, 1)
     assert coded["state"][0]["exp_avg_q8"].shape == SHAPES[0]
