@@ -235,8 +235,8 @@ def check_parameter(param: Tensor, name: str) -> None:
     distributed = sys.modules.get("torch.distributed.tensor")
     if distributed is not None and isinstance(param, distributed.DTensor):
         raise TypeError(
-            f"{name} is a DTensor, as fully_shard makes them, which pyft.optim does not take yet: use torch.optim with "
-            "fully_shard, or pyft.optim with DistributedDataParallel"
+            f"{name} is a DTensor, as fully_shard makes them; give the to_local() of parameter, gradient and state, or "
+            "use an optimizer of pyft.optim, which does"
         )
     if param.layout != torch.strided or not param.dtype.is_floating_point:
         kind = "sparse" if param.layout != torch.strided else str(param.dtype)

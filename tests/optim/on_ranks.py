@@ -404,3 +404,41 @@ def leave_in_the_middle() -> str:
         assert torch.equal(before, param.to_local())
         return "an error"
     return "nothing"
+
+
+_EMULATION: list[Any] = []
+
+
+def on_emulated_gpus(order: str, function: Any, *arguments: Any) -> Any:
+    """The same with the CUDA kernels, emulated, and the plans of a GPU."""
+    from emulated_core import load
+
+    from pyft.core.loader import load_cuda_core
+    from pyft.optim import device_plan
+
+    if not _EMULATION:
+        _EMULATION.append(load(order)[1])
+        device_plan.device_core = lambda param: load_cuda_core()
+    return function(*arguments)
+
+
+def step_without_waiting(kind: str, options: dict[str, Any]) -> tuple[dict[str, int], Any, list[str]]:
+    """What one step does on the emulated GPU, its report, and where anything was waited for."""
+    params = [nn.Parameter(value) for value in spread(same_values(SHAPES, 1), kind)]
+    optimizer = pyft.optim.AdamW(params, **options)
+    for param, grad in zip(params, spread(same_values(SHAPES, 2), kind), strict=True):
+        param.grad = grad
+    optimizer.step()
+    waits: list[str] = []
+    held = {name: getattr(Tensor, name) for name in ("cpu", "item", "tolist", "numpy", "__float__", "__bool__")}
+    for name, real in held.items():
+        setattr(Tensor, name, lambda *a, real=real, name=name: (waits.append(name), real(*a))[1])
+    _EMULATION[0].reset()
+    try:
+        optimizer.step()
+    finally:
+        for name, real in held.items():
+            setattr(Tensor, name, real)
+    counters = _EMULATION[0].counters()
+    last = optimizer.last_step
+    return counters, (last.total_norm, last.clip_coef, last.skipped, last.first_bad), waits
