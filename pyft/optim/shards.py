@@ -27,7 +27,8 @@ def local(tensor: Tensor) -> Tensor:
     if not is_distributed(tensor):
         return tensor
     held = tensor._local_tensor
-    return held if type(held) is Tensor else tensor.to_local().wait()
+    # The result of a collective that may still run.
+    return held.wait() if hasattr(held, "wait") else held
 
 
 def local_gradient(param: Any, grad: Any, name: str = "a parameter") -> Tensor:
@@ -67,19 +68,24 @@ def like(param: Tensor, key: str, value: Tensor) -> Tensor:
     """
     if not is_distributed(param) or key == "step":
         return value
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import Shard
 
-    mesh, placements = param.device_mesh, param.placements
     if not key.endswith("_scale"):
-        size, strides = param.shape, param.stride()
-        return DTensor.from_local(value, mesh, placements, run_check=False, shape=size, stride=strides)
+        return _joined(value, param.device_mesh, param.placements, param.shape, param.stride())
     parts, blocks = _shape_of_scales(param)
     padded = torch.nn.functional.pad(value, (0, blocks - value.numel())).view(1, blocks)
     sharded = _sharded_dims(param)
-    by_part = [Shard(0) if dim in sharded else placement for dim, placement in enumerate(placements)]
-    return DTensor.from_local(
-        padded, mesh, by_part, run_check=False, shape=torch.Size((parts, blocks)), stride=(blocks, 1)
-    )
+    by_part = [Shard(0) if dim in sharded else placement for dim, placement in enumerate(param.placements)]
+    return _joined(padded, param.device_mesh, by_part, torch.Size((parts, blocks)), (blocks, 1))
+
+
+def _joined(part: Tensor, mesh: Any, placements: Sequence[Any], size: torch.Size, stride: tuple[int, ...]) -> Tensor:
+    """A DTensor of this process's part. DTensor.from_local would take what is kept on the CPU to the mesh's GPU."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    spec = DTensorSpec(mesh, tuple(placements), tensor_meta=TensorMeta(size, stride, part.dtype))
+    return DTensor(part, spec, requires_grad=False)
 
 
 def _shape_of_scales(param: Any) -> tuple[int, int]:
