@@ -105,7 +105,8 @@ def norm_in_backward(
         A handle: `remove()` ends it, as does leaving it as a context manager.
 
     Raises:
-        ValueError: `accumulate` is below 1.
+        ValueError: `accumulate` is below 1; or this is one of several processes and a parameter no DTensor, so that its
+            gradient is averaged only after the norm was taken.
 
     >>> import torch
     >>> model = torch.nn.Linear(3, 1)
