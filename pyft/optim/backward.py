@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyft.core.loader import load_core
+from pyft.ops.distributed import is_distributed
 from pyft.ops.grad_norm import core_takes
 from pyft.ops.handles import handles_available, tensor_handles
 from pyft.optim import shards
@@ -167,7 +168,7 @@ def refuse_several_processes(params: Iterable[Tensor], option: str, does: str) -
     """
     distributed = torch.distributed
     several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-    if several and not all(shards.is_distributed(param) for param in params):
+    if several and not all(is_distributed(param) for param in params):
         raise ValueError(
             f"{option} in several processes would {does} before gradients are averaged over them; leave it off, or "
             "spread the model with fully_shard"

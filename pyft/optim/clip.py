@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from pyft.ops.clip import agc_checked_, at_least_zero, clamp_checked_, row_factors, scale_checked_
+from pyft.ops.distributed import is_distributed
 from pyft.ops.grad_norm import check_gradients, check_norm_type, norm_float64, norm_of_checked, result_dtype
 from pyft.optim import shards
 
@@ -77,7 +78,7 @@ def _gradients_of(params: list[torch.Tensor], by_rows: bool = False) -> _Gradien
         return f"parameters[{next(i for i, param in enumerate(params) if param.grad is grads[k])}].grad"
 
     for k, grad in enumerate(grads):
-        if shards.is_distributed(grad):
+        if is_distributed(grad):
             shards.check_placements(grad, label(k))
     over = shards.shards_of(grads, by_rows, label)
     parts = [shards.local(grad) for grad in grads]

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyft.ops.distributed import is_distributed
 from pyft.ops.rounding import BLOCK
-
-
-def is_distributed(tensor: Any) -> TypeGuard[Any]:
-    """Whether it is a DTensor. Nothing is imported to find out: without the import there is none."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -272,6 +272,13 @@ class _Refused:
         optimizer.load_state_dict(before.state_dict())
 
     @staticmethod
+    def sharded_parts() -> None:
+        model = net()
+        pyft.freeze(model, PARTS)
+        fully_shard(model, mesh=mesh_of(WORLD))(batch(0)[0])
+        model.state_dict()
+
+    @staticmethod
     def whole_gradient() -> None:
         param = nn.Parameter(distribute_tensor(torch.ones(4), mesh_of(WORLD), [Shard(0)]))
         optimizer = pyft.optim.SGD([param], lr=0.1)

@@ -290,6 +290,7 @@ def test_copies_skip_together(ranks: Ranks, value: float) -> None:
         ("two_meshes", ["ValueError", "parameter number 1", "number 0", "an optimizer of its own"]),
         ("partial_sums", ["TypeError", "params[0]", "Partial(sum)", "redistribute()"]),
         ("whole_state", ["ValueError", "state 'exp_avg' of shape (13, 7)", "set_optimizer_state_dict"]),
+        ("sharded_parts", ["ConfigError", "shape (13, 7)", "fully_shard", "DistributedDataParallel"]),
         ("whole_gradient", ["TypeError", "parameter 0 is a DTensor but its gradient a Tensor"]),
         ("norms_of_copies", ["ValueError", "norm_in_backward in several processes", "leave it off", "fully_shard"]),
         ("steps_of_copies", ["ValueError", "step_in_backward in several processes", "leave it off", "fully_shard"]),
