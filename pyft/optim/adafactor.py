@@ -67,7 +67,7 @@ class Adafactor(CoreOptimizer):
         defaults = {"lr": lr, "beta2_decay": beta2_decay, "eps": eps, "d": d}
         super().__init__(params, {**defaults, "weight_decay": weight_decay, "maximize": maximize}, dict(options))
 
-    def _check_parameter(self, param: Tensor, name: str) -> None:
+    def _check_parameter(self, param: Any, name: str) -> None:
         super()._check_parameter(param, name)
         if shards.cut_dims(param):
             raise TypeError(
