@@ -40,6 +40,7 @@ from pyft.training.checkpoint import load_checkpoint
 from pyft.training.history import History
 from pyft.training.layout import channels_last
 from pyft.training.loop import BatchSource, StageSetup, train
+from pyft.training.processes import refuse_several_processes
 from pyft.training.progress import Progress, make_progress
 from pyft.training.settings import describe as describe_settings
 from pyft.training.stages import Stage
@@ -147,13 +148,15 @@ def finetune(
 
     Raises:
         DataError: the data cannot be used.
-        ConfigError: an argument, or a combination, is not possible; or `out` holds another run.
+        ConfigError: an argument, or a combination, is not possible; `out` holds another run; or this is one of several
+            processes, as under torchrun.
         MissingExtraError: a package that is needed is not installed.
         CoreError: the compiled core cannot be used, and `PYFT_CORE=require`.
         CheckpointError: the disk is full, or a checkpoint is damaged. The last good one is kept.
         ExportError: the exported file does not behave like the model. The tuned model is already in the run folder.
     """
     arguments = dict(locals())
+    refuse_several_processes()
     seconds: dict[str, float] = {}
     unfinished = run_dir.look_at(out, resume)
     with timed(seconds, "load"):
