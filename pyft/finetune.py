@@ -17,9 +17,11 @@ from torch import nn
 from pyft import run_dir
 from pyft.cached_features import Call, FeatureKeeper
 from pyft.core.loader import load_core_for
+from pyft.core.memory import resident_memory
 from pyft.data.batches import Batches
 from pyft.describe import describe, describe_source, is_description, repeat_commands
 from pyft.errors import CheckpointError, ExportError, PyftError
+from pyft.evaluation.held_out import HeldOut
 from pyft.evaluation.metrics import Metrics
 from pyft.evaluation.pictures import can_draw, draw_run
 from pyft.evaluation.predict import evaluate_batches
@@ -31,6 +33,7 @@ from pyft.models.call import call_model
 from pyft.models.saved import load_state, save_model
 from pyft.plan import tell_prediction
 from pyft.preprocess import spec_of
+from pyft.record import add_plans, held_out_facts, write_cost, write_page
 from pyft.result import MAIN_METRICS, Result
 from pyft.run_dir import RunDir
 from pyft.stage_rows import freeze_for
@@ -150,6 +153,7 @@ def finetune(
     """
     arguments = dict(locals())
     seconds: dict[str, float] = {}
+    memory = resident_memory()
     unfinished = run_dir.look_at(out, resume)
     with timed(seconds, "load"):
         job = inspect(arguments)
@@ -170,6 +174,7 @@ def finetune(
         if (predicted := tell_prediction(config, run.seconds)) is not None:
             result.notes = (*result.notes, predicted)
             show.note(predicted)
+        write_cost(run, config, history, memory, job.device)
         finish(run, result)
         show.note("seconds: " + ", ".join(f"{part} {spent:.1f}" for part, spent in run.seconds.items()))
         return result
@@ -315,6 +320,7 @@ def train_stages(job: Job, run: RunDir, show: Progress, *, resumed: bool) -> tup
         keeper.close()
         for plan in plans.values():
             plan.release(job.model)
+    add_plans(history, plans)
     kept = job.stages[-1] if history.best_row is None else named_stage(job, history.best_row["stage"])
     run.seconds["train"] = sum(stage["seconds"]["train"] for stage in history.stages)
     run.seconds["validate"] = sum(stage["seconds"]["evaluate"] for stage in history.stages)
@@ -343,13 +349,14 @@ def stage_evaluation(job: Job, call: Call, batches: BatchSource) -> Callable[[],
     return evaluate
 
 
-def score(job: Job, call: Call, batches: BatchSource) -> Metrics:
-    """Metrics of the model as it is."""
+def score(job: Job, call: Call, batches: BatchSource, kept: HeldOut | None = None) -> Metrics:
+    """Metrics of the model as it is; `kept` takes note of the scores."""
     return evaluate_batches(
         lambda inputs: call(job.model, to_device(inputs, job.device)),
         batches.epoch(0),
         job.data.problem,
         job.data.classes,
+        None if kept is None else kept.update,
     )
 
 
@@ -370,11 +377,13 @@ def evaluate_tuned(job: Job, run: RunDir, history: History, plan: FreezePlan) ->
     job.model.eval()
     with timed(run.seconds, "evaluate"):
         save_model(run / "model.safetensors", job.model)
-        found = {
-            role: score(job, call_model, Batches(samples, job.preprocess, EVALUATION_BATCH, shuffle=False))
-            for role, samples in {"val": data.val, "test": data.test}.items()
-            if samples is not None
-        }
+        found: dict[str, Metrics] = {}
+        for role, samples in {"val": data.val, "test": data.test}.items():
+            if samples is not None:
+                kept = HeldOut(data.problem, data.classes)
+                batches = Batches(samples, job.preprocess, EVALUATION_BATCH, shuffle=False)
+                found[role] = score(job, call_model, batches, kept)
+                run.write("held_out.json", held_out_facts(kept, samples, role))
     metrics = {f"{role}_{name}": value for role, scores in found.items() for name, value in scores.values.items()}
     detail = found.get("test", found.get("val"))
     run.write(
@@ -459,6 +468,7 @@ def finish(run: RunDir, result: Result) -> None:
     if can_draw():
         draw_run(run.path, result.history, result.confusion, result.classes)
     run.write("timings.json", {part: round(spent, 3) for part, spent in run.seconds.items()})
+    write_page(run)
     (run / "start.safetensors").unlink(missing_ok=True)
     run.set_state("finished")
 
