@@ -27,8 +27,7 @@ from pyft.report.score_sections import (
     metrics_section,
     regression_section,
 )
-from pyft.report.section import Section, paragraph, seconds
-from pyft.report.svg import number
+from pyft.report.section import Section, four, paragraph, seconds, spoken
 
 HERE = Path(__file__).resolve().parent
 HEADLINES = {
@@ -48,6 +47,7 @@ def render(facts: RunFacts, explanations: Sequence[Html] = (), explanation_notes
         explanation_notes: why some are not there.
     """
     sections = [
+        repeat_section(facts),
         curves_section(facts),
         metrics_section(facts),
         regression_section(facts),
@@ -59,7 +59,6 @@ def render(facts: RunFacts, explanations: Sequence[Html] = (), explanation_notes
         notes_section(facts),
         parity_section(facts),
         cost_section(facts),
-        repeat_section(facts),
         versions_section(facts),
     ]
     shown = [section for section in sections if section is not None]
@@ -124,7 +123,7 @@ def _summary(facts: RunFacts) -> Html:
 def _headlines(facts: RunFacts) -> list[tuple[Any, str]]:
     values = facts.detail.get("values", {})
     found: list[tuple[Any, str]] = [
-        (number(values[name]), f"{facts.role_name} {name.replace('_', ' ').replace(' f1', ' F1')}")
+        (four(values[name])[0], f"{facts.role_name} {spoken(name)}")
         for name in HEADLINES.get(facts.problem, ())
         if values.get(name) is not None
     ]
@@ -139,8 +138,7 @@ def _headlines(facts: RunFacts) -> list[tuple[Any, str]]:
         found.append((seconds(sum(v for k, v in facts.timings.items() if k != "predicted")), "in all"))
     if facts.parity:
         passed = facts.parity.get("passed")
-        mark = element("span", "equal" if passed else "differs", style="font-size:inherit",
-                       class_="good" if passed else "bad")  # fmt: skip
+        mark = element("span", "equal" if passed else "differs", class_="good" if passed else "bad")
         found.append((mark, "ONNX file and model"))
     return found
 

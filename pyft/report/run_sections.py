@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
 from pyft.report.facts import RunFacts
 from pyft.report.markup import Html, element, foreign, join
-from pyft.report.section import Section, bar, code, details, facts_list, figure, paragraph, seconds, size, table
+from pyft.report.section import (
+    Section,
+    bar,
+    code,
+    details,
+    facts_list,
+    figure,
+    paragraph,
+    seconds,
+    size,
+    spoken,
+    table,
+)
 from pyft.report.svg import Series, line_chart, number
 
 SHORT = 12
@@ -27,7 +38,7 @@ def repeat_section(facts: RunFacts) -> Section:
     ]
     pairs = [
         ("model", join([model.get("class"), foreign(model.get("source") or "a module given from Python")], ", ")),
-        ("head", join([foreign(head.get("name")), f" {_shape(head.get('new_shape'))}"]) if head.get("name") else None),
+        ("head", _head(head)),
         ("data", _source(arguments.get("data"))),
         ("samples", ", ".join(counts)),
         ("classes", f"{len(facts.classes):,}" if facts.classes else None),
@@ -39,9 +50,9 @@ def repeat_section(facts: RunFacts) -> Section:
     repeat = config.get("repeat", {})
     parts: list[Any] = [facts_list(pairs)]
     if repeat.get("python"):
-        parts += [element("h3", "To repeat it in Python"), code(f"import pyft\n\n{repeat['python']}")]
+        parts += [element("h3", "To repeat it in Python"), code(f"import pyft\n\n{repeat['python']}", wrap=True)]
         if repeat.get("shell"):
-            parts += [element("h3", "or in the shell"), code(repeat["shell"])]
+            parts += [element("h3", "or in the shell"), code(repeat["shell"], wrap=True)]
         else:
             parts.append(paragraph("What stands in angle brackets was given from Python: give the same again.",
                                    class_="quiet"))  # fmt: skip
@@ -56,8 +67,11 @@ def repeat_section(facts: RunFacts) -> Section:
     return Section("repeat", "What was tuned", join(parts))
 
 
-def _shape(shape: Any) -> str:
-    return "" if not shape else "(" + ", ".join(map(str, shape)) + ")"
+def _head(head: dict[str, Any]) -> Html | None:
+    if not head.get("name"):
+        return None
+    shape = ", weight (" + ", ".join(map(str, head["new_shape"])) + ")" if head.get("new_shape") else ""
+    return join(["layer ", foreign(head["name"]), shape, ", drawn anew" if head.get("replaced") else ""])
 
 
 def _source(value: Any) -> Html | None:
@@ -103,7 +117,7 @@ def cost_section(facts: RunFacts) -> Section:
             foreign(stage.get("name", "")),
             (_plain(stage.get("epochs")), stage.get("epochs") or 0),
             (f"{trained:,} of {total:,}" if share is not None else "n/a", trained or 0),
-            (join([bar(share), f" {share:.2%}"]) if share is not None else "", share or 0),
+            (join([bar(share), f" {share:.2%}"]) if share is not None else "", share or 0, "left"),
             (number(stage.get("lr")), stage.get("lr") or 0),
             (seconds(took), took or 0),
         ]
@@ -143,11 +157,11 @@ def _time(facts: RunFacts) -> Html | None:
     if not spent:
         return None
     total = sum(spent.values())
-    rows = [
-        (part, (seconds(value), value), (join([bar(value / total if total else 0.0)]), value))
+    rows: list[tuple[Any, ...]] = [
+        (part, (seconds(value), value), (bar(value / total if total else 0.0), value, "left"))
         for part, value in spent.items()
     ]
-    rows.append((element("strong", "in all"), (element("strong", seconds(total)), total), ("", total)))
+    rows.append((element("strong", "in all"), (element("strong", seconds(total)), total), ("", total, "left")))
     return table(("part of the run", "time", ""), rows, caption="Time")
 
 
@@ -184,7 +198,7 @@ def curves_section(facts: RunFacts) -> Section | None:
     figures = []
     for title, keys in groups.items():
         series = [
-            Series(_spoken(key), epochs, [row.get(key) for row in rows], f"c{place % 6}")
+            Series(spoken(key), epochs, [row.get(key) for row in rows], f"c{place % 6}")
             for place, key in enumerate(keys)
         ]
         if series:
@@ -195,12 +209,8 @@ def curves_section(facts: RunFacts) -> Section | None:
         parts.append(paragraph("Dotted lines: a new stage begins.", class_="quiet"))
     heads = list(dict.fromkeys(key for row in rows for key in row))
     numbers = [[_number_cell(row.get(key)) for key in heads] for row in rows]
-    parts.append(details("The numbers", table([_spoken(head) for head in heads], numbers)))
+    parts.append(details("The numbers", table([spoken(head) for head in heads], numbers)))
     return Section("curves", "How it learned", join(parts))
-
-
-def _spoken(key: str) -> str:
-    return key.replace("val_", "validation ").replace("train_", "training ").replace("_", " ").replace(" f1", " F1")
 
 
 def _number_cell(value: Any) -> Any:
@@ -211,7 +221,7 @@ def _best(facts: RunFacts) -> Html | None:
     best, metric = facts.metrics.get("best_epoch"), facts.metrics.get("metric")
     if best is None:
         return paragraph("Nothing was held out, so the weights are those of the last epoch.", class_="quiet")
-    return paragraph(f"The weights are those of epoch {best}, the best by {_spoken(str(metric))} on validation samples.")
+    return paragraph(f"The weights are those of epoch {best}, the best by {spoken(str(metric))} on validation samples.")
 
 
 # ---------------------------------------------------------------- notes, versions
@@ -248,8 +258,3 @@ def versions_section(facts: RunFacts) -> Section | None:
 
 def _joined(words: Iterable[Any]) -> str:
     return ", ".join(str(word) for word in words if word)
-
-
-def finite(value: Any) -> float | None:
-    """A number, or None for anything else."""
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

@@ -7,11 +7,11 @@ from typing import Any
 
 from pyft.report.facts import RunFacts
 from pyft.report.markup import Html, element, foreign, join
-from pyft.report.section import Section, details, paragraph, table
+from pyft.report.section import Section, details, four, paragraph, table
 from pyft.report.svg import number, spark
 
 MAX_LETTERS = 600
-MAX_COLUMNS = 12
+MAX_COLUMNS = 20
 FIRST = 12
 """So many samples are shown at once, the others when asked for."""
 
@@ -27,6 +27,8 @@ def worst_section(facts: RunFacts) -> Section | None:
     if facts.problem != "regression":
         words += f" {'All' if wrong == len(worst) else wrong or 'None'} of them {'is' if wrong == 1 else 'are'} wrong."
         words += " A wrong label in the data often shows here."
+    if all(_is_row(one) for one in worst):
+        return Section("worst", "Worst samples", join([paragraph(words), rows_table(facts, worst)]))
     cards = [card(facts, one) for one in worst]
     parts: list[Any] = [paragraph(words), element("div", *cards[:FIRST], class_="cards")]
     if cards[FIRST:]:
@@ -34,10 +36,34 @@ def worst_section(facts: RunFacts) -> Section | None:
     return Section("worst", "Worst samples", join(parts))
 
 
+def _is_row(one: dict[str, Any]) -> bool:
+    """Whether a sample is a row of features, which is read best below others."""
+    return one.get("values") is not None and len(one.get("shape") or []) == 1 and not one.get("picture")
+
+
+def rows_table(facts: RunFacts, worst: Sequence[dict[str, Any]]) -> Html:
+    """Rows of features with what was said of them."""
+    names = worst[0].get("columns") or [str(place) for place in range(len(worst[0]["values"]))]
+    kept = names[:MAX_COLUMNS]
+    regression = facts.problem == "regression"
+    heads = ["sample", "true", "predicted", "error" if regression else "score", *map(foreign, kept)]
+    rows = []
+    for one in worst:
+        values = [one.get("true"), one.get("predicted")]
+        score = (values[1] or 0.0) - (values[0] or 0.0) if regression else one.get("score")
+        row: list[Any] = [str(one.get("index"))]
+        row += [four(value) if isinstance(value, float) else foreign(value) for value in values]
+        row += [four(score), *((number(value), value or 0) for value in one["values"][:MAX_COLUMNS])]
+        rows.append(row)
+    more = len(names) - len(kept)
+    note = paragraph(f"The first {len(kept)} of {len(names)} features.", class_="quiet") if more > 0 else None
+    return join([table(heads, rows, sortable=True), note])
+
+
 def card(facts: RunFacts, one: dict[str, Any]) -> Html:
     """One sample with its true and its predicted label."""
     regression = facts.problem == "regression"
-    rows = [("true", _value(one.get("true"))), ("predicted", _value(one.get("predicted")))]
+    rows: list[tuple[str, Any]] = [("true", _value(one.get("true"))), ("predicted", _value(one.get("predicted")))]
     if regression:
         rows.append(("error", number((one.get("predicted") or 0.0) - (one.get("true") or 0.0))))
         if "output" in one:
@@ -69,7 +95,7 @@ def _where(one: dict[str, Any]) -> Html:
 
 
 def sample(one: dict[str, Any]) -> Html:
-    """The sample itself: text, picture, a line, or its first columns."""
+    """The sample itself: text, picture, or numbers as a line."""
     if "text" in one:
         text = str(one["text"])
         cut = one.get("cut") or len(text) > MAX_LETTERS
@@ -79,13 +105,6 @@ def sample(one: dict[str, Any]) -> Html:
     values, shape = one.get("values"), one.get("shape") or []
     if values is None:
         return element("p", f"an array of shape {tuple(shape)}", class_="quiet")
-    if one.get("columns") or len(shape) <= 1 and len(values) <= MAX_COLUMNS:
-        names = one.get("columns") or [str(place) for place in range(len(values))]
-        pairs = list(zip(names, values, strict=True))
-        rows = [(foreign(name), (number(value), value or 0)) for name, value in pairs[:MAX_COLUMNS]]
-        more = len(pairs) - MAX_COLUMNS
-        rows += [(element("span", f"and {more} more", class_="quiet"), ("", 0))] if more > 0 else []
-        return table(("feature", "value"), rows)
     return _lines(values, shape)
 
 

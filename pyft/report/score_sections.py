@@ -6,7 +6,7 @@ from typing import Any
 
 from pyft.report.facts import RunFacts
 from pyft.report.markup import Html, element, foreign, join
-from pyft.report.section import Section, bar, details, figure, paragraph, table
+from pyft.report.section import Section, bar, details, figure, four, paragraph, spoken, table
 from pyft.report.svg import heatmap, histogram, number, reliability, scatter
 
 MOST_CONFUSED = 12
@@ -23,17 +23,11 @@ def metrics_section(facts: RunFacts) -> Section | None:
         return None
     names = list(dict.fromkeys(name for role in roles for name in facts.metrics[role].get("values", {})))
     rows = [
-        [name.replace("_", " ").replace(" f1", " F1")]
-        + [_number(facts.metrics[role].get("values", {}).get(name)) for role in roles]
-        for name in names
+        [spoken(name)] + [four(facts.metrics[role].get("values", {}).get(name)) for role in roles] for name in names
     ]
     words = {"test": "test", "val": "validation"}
     heads = ["metric", *(f"{words[role]} ({facts.metrics[role].get('num_samples', 0):,} samples)" for role in roles)]
     return Section("metrics", "Metrics", table(heads, rows))
-
-
-def _number(value: float | None) -> tuple[str, float]:
-    return number(value), value if value is not None else float("-inf")
 
 
 # ---------------------------------------------------------------- classes
@@ -46,6 +40,7 @@ def confusion_section(facts: RunFacts) -> Section | None:
         return None
     names = facts.classes
     parts: list[Any] = []
+    notes: list[Any] = []
     if len(names) <= MAX_DRAWN:
         note = paragraph(
             "A row is a true class, a column what was predicted; the colour is the share of the row. "
@@ -54,7 +49,8 @@ def confusion_section(facts: RunFacts) -> Section | None:
         )
         drawn = element("div", heatmap(matrix, names), class_="box matrix-box", tabindex="0", role="region",
                         aria_label="confusion matrix")  # fmt: skip
-        parts += [drawn, note]
+        parts.append(drawn)
+        notes.append(note)
     pairs = sorted(
         ((count, true, predicted) for true, row in enumerate(matrix) for predicted, count in enumerate(row)
          if count and true != predicted),
@@ -68,8 +64,8 @@ def confusion_section(facts: RunFacts) -> Section | None:
         ]  # fmt: skip
         parts.append(table(("true", "predicted", "times", "of the true class"), rows, caption="Mistaken most often"))
     else:
-        parts.append(paragraph("No sample was mistaken."))
-    return Section("confusion", "Confusion matrix", join(parts))
+        notes.insert(0, paragraph("No sample was mistaken."))
+    return Section("confusion", "Confusion matrix", join([element("div", *parts, class_="flow"), *notes]))
 
 
 def classes_section(facts: RunFacts) -> Section | None:
@@ -82,10 +78,13 @@ def classes_section(facts: RunFacts) -> Section | None:
     heads = [label, "precision", "recall", "F1", "", "samples"] + (["ECE"] if eces else [])
     rows = []
     for place, one in enumerate(per_class):
-        row = [foreign(one.get("name", ""))]
+        row: list[Any] = [foreign(one.get("name", ""))]
         row += [(f"{one.get(key) or 0:.3f}", one.get(key) or 0) for key in ("precision", "recall", "f1")]
-        row += [(bar(one.get("f1") or 0), one.get("f1") or 0), (f"{one.get('support', 0):,}", one.get("support", 0))]
-        rows.append(row + ([_number(eces[place])] if eces else []))
+        row += [
+            (bar(one.get("f1") or 0), one.get("f1") or 0, "left"),
+            (f"{one.get('support', 0):,}", one.get("support", 0)),
+        ]
+        rows.append(row + ([four(eces[place])] if eces else []))
     note = paragraph(f"Press a heading to sort. From the {facts.role_name} samples.", class_="quiet screen")
     many = len(rows) > ENTRIES
     title = f"{len(rows):,} {'labels' if label == 'label' else 'classes'}"
@@ -103,19 +102,21 @@ def calibration_section(facts: RunFacts) -> Section | None:
     several = facts.problem == "multilabel"
     what = "share that came true" if several else "share that is correct"
     drawn = reliability(found["count"], found["confidence"], found["accuracy"], what)
-    share = _bold_number(found["ece"])
+    share = _bold(found["ece"])
     meaning = (
         "the mean distance of a label's probability from how often it holds"
         if several
         else "the mean distance of the predicted class's probability from how often it is right"
     )
     words = [
-        paragraph("Expected calibration error ", share, f": {meaning}, over {len(found['count'])} bins of equal width."),
+        paragraph(
+            "Expected calibration error ", share, f": {meaning}, over {len(found['count'])} bins of equal width."
+        ),
         paragraph(f"Largest error of a bin: {found['mce']:.4f}."),
         paragraph(_verdict(found, several)),
         paragraph(
-            "On the dashed line probabilities mean what they say. The orange part of a bin is the distance between what "
-            "it said and what came true. Definition: Guo et al., On Calibration of Modern Neural Networks, 2017.",
+            "On the dashed line probabilities mean what they say. Orange: surer than right; green: less sure than "
+            "right. Definition: Guo et al., On Calibration of Modern Neural Networks, 2017.",
             class_="quiet",
         ),
     ]
@@ -123,7 +124,7 @@ def calibration_section(facts: RunFacts) -> Section | None:
     return Section("calibration", "Calibration", body)
 
 
-def _bold_number(value: float) -> Html:
+def _bold(value: float) -> Html:
     return element("strong", f"{value:.4f}")
 
 
@@ -161,7 +162,7 @@ def regression_section(facts: RunFacts) -> Section | None:
     )
     ordered = sorted(abs(value) for value in residuals)
     quantiles = [
-        (f"{share:.0%} of the samples", _number(ordered[min(int(share * len(ordered)), len(ordered) - 1)]))
+        (f"{share:.0%} of the samples", four(ordered[min(int(share * len(ordered)), len(ordered) - 1)]))
         for share in (0.5, 0.9, 0.99)
     ]
     mean = sum(residuals) / len(residuals)

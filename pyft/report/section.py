@@ -6,7 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pyft.report.markup import Html, element, join
+from pyft.report.markup import Html, element
+
+NARROW = 4
+"""Columns up to which a table does not take the whole width."""
+_WRITTEN = {"f1": "F1", "rmse": "RMSE", "mae": "MAE", "r2": "R\u00b2", "lr": "learning rate",
+            "val": "validation", "train": "training"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,13 +34,19 @@ class Section:
 
 
 def table(
-    heads: Sequence[Any], rows: Iterable[Sequence[Any]], *, sortable: bool = False, caption: str = "", tall: bool = False
+    heads: Sequence[Any],
+    rows: Iterable[Sequence[Any]],
+    *,
+    sortable: bool = False,
+    caption: str = "",
+    tall: bool = False,
 ) -> Html:
-    """A table that scrolls inside its own box. Cells that are (shown, number) are sorted by the number.
+    """A table that scrolls inside its own box. A cell (shown, number) is set to the right and sorted by the number;
+    a cell (shown, number, "left") is sorted by it.
 
     Args:
         heads: one per column.
-        rows: cells; numbers are set to the right.
+        rows: cells.
         sortable: a press on a head sorts.
         tall: the box has a height of its own, for very many rows.
     """
@@ -53,18 +64,19 @@ def table(
         element("tbody", *body),
         class_="sortable" if sortable else None,
     )
-    return element("div", inner, class_="box tall" if tall else "box", tabindex="0", role="region",
-                   aria_label=caption or join(heads, " ")[:60])  # fmt: skip
+    kind = "box" + " tall" * tall + " narrow" * (len(heads) <= NARROW)
+    name = caption or " ".join(str(head) for head in heads if not isinstance(head, Html))
+    return element("div", inner, class_=kind, tabindex="0", role="region", aria_label=name)
 
 
 def _is_number_column(rows: Sequence[Sequence[Any]], place: int) -> bool:
-    return bool(rows) and isinstance(rows[0][place], tuple)
+    return bool(rows) and isinstance(rows[0][place], tuple) and len(rows[0][place]) == 2
 
 
 def _cell(value: Any, *, first: bool) -> Html:
     if isinstance(value, tuple):
-        shown, sorted_by = value
-        return element("td", shown, class_="num", data_value=sorted_by)
+        shown, sorted_by = value[:2]
+        return element("td", shown, class_="num" if len(value) == 2 else None, data_value=sorted_by)
     return element("th", value, scope="row") if first else element("td", value)
 
 
@@ -76,10 +88,10 @@ def facts_list(pairs: Iterable[tuple[str, Any]]) -> Html:
     return element("dl", *parts, class_="facts")
 
 
-def code(text: str) -> Html:
-    """Something to copy, as it stands."""
-    return element("div", element("pre", element("code", text)), class_="box", tabindex="0", role="region",
-                   aria_label="code")  # fmt: skip
+def code(text: str, *, wrap: bool = False) -> Html:
+    """Something to copy, as it stands; `wrap` breaks long lines."""
+    pre = element("pre", element("code", text), class_="wrap" if wrap else None)
+    return element("div", pre, class_="box", tabindex="0", role="region", aria_label="code")
 
 
 def figure(picture: Html, caption: Any = None) -> Html:
@@ -101,6 +113,22 @@ def paragraph(*parts: Any, class_: str | None = None) -> Html:
 def details(summary: str, *parts: Any) -> Html:
     """What is shown when asked for."""
     return element("details", element("summary", summary), *parts)
+
+
+def spoken(key: str) -> str:
+    """The name of a metric as it is written.
+
+    >>> spoken("val_macro_f1"), spoken("rmse")
+    ('validation macro F1', 'RMSE')
+    """
+    return " ".join(_WRITTEN.get(word, word) for word in key.split("_"))
+
+
+def four(value: float | None) -> tuple[str, float]:
+    """A table cell with a number of four places."""
+    if value is None:
+        return "n/a", float("-inf")
+    return (f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"), value
 
 
 def seconds(value: float | None) -> str:

@@ -11,6 +11,8 @@ from pyft.report.markup import Html, element, join
 
 WIDTH, HEIGHT = 380, 230
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 26, 34
+MANY = 400
+"""Points from which on they are drawn pale, so that their density shows."""
 LETTER = 6.2
 """About how wide a letter is at the size of the labels, pixels."""
 
@@ -132,35 +134,45 @@ def line_chart(
     low, high = min(ys), max(ys)
     room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
     axes = Axes((min(xs), max(xs)), (0.0 if from_zero and low >= 0 else low - room, high + room))
-    whole = [value for value in ticks(*axes.x) if value == int(value) and min(xs) <= value <= max(xs)]
-    if whole and whole[0] - min(xs) >= 1:
-        whole = [min(xs), *whole[0 if whole[0] - min(xs) > (whole[1] - whole[0] if len(whole) > 1 else 1) / 2 else 1 :]]
-    parts: list[Any] = [axes.frame(x_label, "", x_ticks=whole or [min(xs)])]
+    parts: list[Any] = [axes.frame(x_label, "", x_ticks=whole_ticks(min(xs), max(xs)))]
     for place in breaks:
         x, _ = axes.at(place, axes.y[0])
         parts.append(element("line", class_="break", x1=x, x2=x, y1=TOP, y2=HEIGHT - BOTTOM))
     for one in series:
-        parts.append(element("path", class_=f"line {one.colour}", d=_path(axes, one)))
-        for x, y in zip(one.x, one.y, strict=True):
-            if _drawable(x, y):
-                across, up = axes.at(x, y)  # type: ignore[arg-type]
-                tip = element("title", f"{one.name}, {x_label} {number(x)}: {number(y)}")
-                parts.append(element("circle", tip, class_=f"dot {one.colour}", cx=across, cy=up, r=2.6))
+        points = _points(one)
+        parts.append(element("path", class_=f"line {one.colour}", d=_path(axes, points)))
+        for point in filter(None, points):
+            across, up = axes.at(*point)
+            tip = element("title", f"{one.name}, {x_label} {number(point[0])}: {number(point[1])}")
+            parts.append(element("circle", tip, class_=f"dot {one.colour}", cx=across, cy=up, r=2.6))
     parts.append(legend([(one.name, one.colour) for one in series]))
     return drawing(parts, title)
 
 
-def _drawable(x: float | None, y: float | None) -> bool:
-    return x is not None and y is not None and math.isfinite(x) and math.isfinite(y)
+def whole_ticks(low: float, high: float) -> list[float]:
+    """The first epoch, and whole numbers after it.
+
+    >>> whole_ticks(1.0, 20.0), whole_ticks(1.0, 1.0)
+    ([1.0, 5.0, 10.0, 15.0, 20.0], [1.0])
+    """
+    found = [value for value in ticks(low, high) if value == int(value)]
+    step = found[1] - found[0] if len(found) > 1 else 1.0
+    return [low, *(value for value in found if value - low >= step / 2)]
 
 
-def _path(axes: Axes, one: Series) -> str:
+def _points(one: Series) -> list[tuple[float, float] | None]:
+    """The points of a series, None for a gap."""
+    pairs = zip(one.x, one.y, strict=True)
+    return [(x, y) if x is not None and y is not None and math.isfinite(x + y) else None for x, y in pairs]
+
+
+def _path(axes: Axes, points: Sequence[tuple[float, float] | None]) -> str:
     words, pen = [], "M"
-    for x, y in zip(one.x, one.y, strict=True):
-        if not _drawable(x, y):
+    for point in points:
+        if point is None:
             pen = "M"
             continue
-        across, up = axes.at(x, y)  # type: ignore[arg-type]
+        across, up = axes.at(*point)
         words.append(f"{pen}{across:g} {up:g}")
         pen = "L"
     return "".join(words)
@@ -195,10 +207,19 @@ def reliability(count: Sequence[int], confidence: Values, accuracy: Values, what
             f"mean {meant:.3f}, came true {found:.3f}",
         )
         wide = right - left - 1.5
-        parts.append(element("rect", tip, class_="fill c0", x=left, y=top, width=round(wide, 2), height=bottom - top))
         high, low = min(top, wanted), max(top, wanted)
         parts.append(
-            element("rect", class_="gap", x=left, y=high, width=round(wide, 2), height=round(max(low - high, 0.1), 2))
+            element("rect", tip, class_="fill c0", x=left, y=low, width=round(wide, 2), height=round(bottom - low, 2))
+        )
+        parts.append(
+            element(
+                "rect",
+                class_="gap" if meant > found else "gap less",
+                x=left,
+                y=high,
+                width=round(wide, 2),
+                height=round(max(low - high, 0.1), 2),
+            )
         )
     (x1, y1), (x2, y2) = axes.at(0, 0), axes.at(1, 1)
     parts.append(element("line", class_="diagonal", x1=x1, y1=y1, x2=x2, y2=y2))
@@ -214,7 +235,7 @@ def reliability(count: Sequence[int], confidence: Values, accuracy: Values, what
         )  # fmt: skip
     parts.append(element("line", class_="axis", x1=x1, x2=x2, y1=base, y2=base))
     parts += [label(number(value), axes.at(value, 0)[0], base + 14) for value in (0, 0.25, 0.5, 0.75, 1)]
-    parts += [label("probability", (x1 + x2) / 2, height - 5), label("how many", LEFT - 6, base - deep / 2 + 8, "end")]
+    parts += [label("probability", (x1 + x2) / 2, height - 5), label("count", LEFT - 6, base - deep / 2 + 8, "end")]
     return drawing(parts, "reliability diagram", height=height)
 
 
@@ -226,7 +247,7 @@ def scatter(x: Sequence[float], y: Sequence[float], x_label: str, y_label: str) 
     (x1, y1), (x2, y2) = axes.at(low, low), axes.at(high, high)
     parts.append(element("line", class_="diagonal", x1=x1, y1=y1, x2=x2, y2=y2))
     points = "".join("M{:g} {:g}h0".format(*axes.at(a, b)) for a, b in zip(x, y, strict=True))
-    parts.append(element("path", class_="points c0", d=points))
+    parts.append(element("path", class_="points c0 many" if len(x) > MANY else "points c0", d=points))
     return drawing(parts, f"{y_label} against {x_label}", height=330)
 
 
@@ -272,7 +293,7 @@ def spark(values: Values, width: int = 170, height: int = 48) -> Html:
 def heatmap(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> Html:
     """A confusion matrix, rows true and columns predicted. The colour of a cell is its share of the row."""
     size = len(names)
-    cell = 34 if size <= 12 else 22 if size <= 30 else 11 if size <= 100 else 5
+    cell = 34 if size <= 12 else 22 if size <= 30 else 13 if size <= 55 else 9 if size <= 100 else 5
     letter = min(cell - 1.5, 11)
     shown = [short(name, 26) for name in names]
     side = 0.0 if cell < 8 else min(max(map(len, shown)) * letter * 0.58 + 8, 170)
@@ -298,7 +319,9 @@ def heatmap(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> Html:
                     label(f"{count}" if count < 10_000 else f"{count / 1000:.0f}k", x + (cell - 1) / 2,
                           y + cell / 2 + 3.5, class_="count")
                 )  # fmt: skip
-    box = element("rect", class_="box", x=f"{side + 13.5:g}", y=f"{head - 0.5:g}", width=size * cell, height=size * cell)
+    box = element(
+        "rect", class_="box", x=f"{side + 13.5:g}", y=f"{head - 0.5:g}", width=size * cell, height=size * cell
+    )
     axes = [label("predicted", side + 14 + size * cell / 2, 11), _turned("true", 10, head + size * cell / 2)]
     return drawing([box, *axes, *cells], "confusion matrix", width, head + size * cell + 4, "matrix")
 
