@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from pyft.freezing.select_rows import Rows as Rows
     from pyft.plan import plan as plan
     from pyft.result import Result as Result
+    from pyft.run_explain import explain as explain
+    from pyft.run_report import report as report
     from pyft.training.stages import Stage as Stage
 
 # public name -> module that holds it; a module stands for itself
@@ -54,6 +56,7 @@ _HOMES = {
     "errors": "pyft.errors",
     "evaluate": "pyft.evaluate",
     "export_onnx": "pyft.export.onnx",
+    "explain": "pyft.run_explain",
     "finetune": "pyft.finetune",
     "freeze": "pyft.freezing.plan",
     "lean": "pyft.freezing.lean.swap",
@@ -62,6 +65,7 @@ _HOMES = {
     "optim": "pyft.optim",
     "plan": "pyft.plan",
     "predict": "pyft.evaluate",
+    "report": "pyft.run_report",
     "resume": "pyft.finetune",
     "saved_bytes": "pyft.freezing.saved_bytes",
     "save_delta": "pyft.freezing.delta",
@@ -81,6 +85,7 @@ __all__ = [
     "doctor",
     "errors",
     "evaluate",
+    "explain",
     "export_onnx",
     "finetune",
     "freeze",
@@ -90,6 +95,7 @@ __all__ = [
     "optim",
     "plan",
     "predict",
+    "report",
     "resume",
     "save_delta",
     "saved_bytes",
@@ -111,10 +117,12 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Keeps `pyft.finetune` and `pyft.evaluate` the functions when the modules of the same name are imported."""
+    """Keeps functions when modules or folders of the same name are imported: `pyft.finetune`, `pyft.report`."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, ModuleType) and name in _HOMES and name not in _MODULES:
+            if value.__name__ != _HOMES[name]:
+                return
             value = getattr(value, name)
         super().__setattr__(name, value)
 

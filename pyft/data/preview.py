@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pyft.core.pictures import data_uri
 from pyft.data.arrays import as_tensor, is_picture
 from pyft.data.images import read_image, to_rgb
-from pyft.errors import DataError, MissingExtraError, need
+from pyft.errors import MissingExtraError, need
 from pyft.samples import Samples
 
 MAX_LETTERS = 4000
 MAX_NUMBERS = 4096
-SIDE = 192
-"""Longest side of a small picture, pixels."""
 PICTURE_RANKS = (2, 3)
 SMALLEST_PICTURE = 5
 
@@ -82,24 +79,3 @@ def _drawn(array: np.ndarray) -> str | None:
     except MissingExtraError:
         return None
     return data_uri(module.fromarray(pixels))
-
-
-def data_uri(image: Any, side: int = SIDE) -> str:
-    """A PIL image of at most `side` pixels as a data URI: PNG where it is small, so that each pixel is kept, else JPEG.
-
-    Raises:
-        DataError: it has no pixels.
-    """
-    if 0 in image.size:
-        raise DataError("picture: it has no pixels")
-    few = max(image.size) <= 64
-    if max(image.size) > side:
-        image = image.copy()
-        image.thumbnail((side, side))
-    buffer = io.BytesIO()
-    if few:
-        image.save(buffer, "PNG", optimize=True)
-    else:
-        image.convert("RGB").save(buffer, "JPEG", quality=80, optimize=True)
-    kind = "png" if few else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

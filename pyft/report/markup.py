@@ -26,7 +26,7 @@ def escape(value: Any) -> Html:
     """
     if isinstance(value, Html):
         return value
-    return Html(html.escape(_UNWRITABLE.sub("\ufffd", str(value))))
+    return Html(_escaped(str(value)))
 
 
 def join(parts: Iterable[Any], between: str = "") -> Html:
@@ -51,5 +51,12 @@ def element(name: str, /, *parts: Any, **attributes: Any) -> Html:
 
 
 def foreign(value: Any) -> Html:
-    """A word of the data's, which may be written from right to left without turning what stands around it."""
-    return element("bdi", value)
+    """A word of the data's, which may be written from right to left without turning what stands around it, and is
+    broken after "_" and "/" where the line is short."""
+    if isinstance(value, Html):
+        return element("bdi", value)
+    return element("bdi", Html(re.sub(r"([_/]+)(?=[^_/\\s])", r"\1<wbr>", _escaped(str(value)))))
+
+
+def _escaped(text: str) -> str:
+    return html.escape(_UNWRITABLE.sub("\ufffd", text))

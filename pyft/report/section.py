@@ -135,7 +135,7 @@ def seconds(value: float | None) -> str:
     """A time in words.
 
     >>> seconds(0.04), seconds(75.0), seconds(7300.0)
-    ('0.04 s', '1 min 15 s', '2 h 2 min')
+    ('0.04 s', '1 min 15 s', '2 h 1 min')
     """
     if value is None:
         return "n/a"
