@@ -1,6 +1,8 @@
 """The command `pyft`: train, plan, eval, export, predict, report, explain, resume, doctor, quickstart.
 
-`pyft --help` imports nothing heavy. Exit codes: 0 done; 1 `doctor` found that the core cannot be built; 2 something is wrong with the command, the data or
+`pyft --help` imports nothing heavy.
+
+Exit codes: 0 done; 1 `doctor` found that the core cannot be built; 2 something is wrong with the command, the data or
 the files (one line on standard error); 130 stopped by Ctrl-C. With PYFT_TRACEBACK=1 errors come with their traceback.
 """
 

@@ -31,7 +31,7 @@ from pyft.freezing.plan import FreezePlan, make_plan
 from pyft.job import EVALUATION_BATCH, Job, autocast, given_back_on_error, inspect, model_fingerprint, to_device
 from pyft.models.call import call_model
 from pyft.models.saved import load_state, save_model
-from pyft.plan import tell_prediction
+from pyft.plan import recalled, tell_prediction
 from pyft.preprocess import spec_of
 from pyft.record import add_plans, held_out_facts, write_cost, write_page
 from pyft.result import MAIN_METRICS, Result
@@ -174,7 +174,7 @@ def finetune(
         if (predicted := tell_prediction(config, run.seconds)) is not None:
             result.notes = (*result.notes, predicted)
             show.note(predicted)
-        write_cost(run, config, history, memory, job.device)
+        write_cost(run, history, recalled(config), memory, job.device)
         finish(run, result)
         show.note("seconds: " + ", ".join(f"{part} {spent:.1f}" for part, spent in run.seconds.items()))
         return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,13 +11,14 @@ from pyft.core.memory import peak_memory
 from pyft.data.preview import preview
 from pyft.errors import DataError
 from pyft.evaluation.held_out import HeldOut
-from pyft.freezing.plan import FreezePlan
-from pyft.plan import recalled
 from pyft.report.facts import read_run
 from pyft.report.page import render
 from pyft.run_dir import RunDir
 from pyft.samples import Samples
-from pyft.training.history import History
+
+if TYPE_CHECKING:
+    from pyft.freezing.plan import FreezePlan
+    from pyft.training.history import History
 
 
 def held_out_facts(kept: HeldOut, samples: Samples, role: str) -> dict[str, Any]:
@@ -45,17 +46,18 @@ def add_plans(history: History, plans: Mapping[str, FreezePlan]) -> None:
 
 
 def write_cost(
-    run: RunDir, config: Mapping[str, Any], history: History, before: int | None, device: torch.device
+    run: RunDir, history: History, predicted: Mapping[str, Any] | None, before: int | None, device: torch.device
 ) -> None:
     """cost.json: stages and memory, and what `pyft.plan` had said of them.
 
     Args:
+        predicted: see `pyft.plan.recalled`.
         before: bytes that the process held when the run began.
     """
     memory = {"before": before, "peak": peak_memory()}
     if device.type == "cuda":
         memory["device_peak"] = torch.cuda.max_memory_allocated(device)
-    run.write("cost.json", {"stages": history.stages, "memory": memory, "predicted": recalled(config)})
+    run.write("cost.json", {"stages": history.stages, "memory": memory, "predicted": predicted})
 
 
 def write_page(run: RunDir) -> None:

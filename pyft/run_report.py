@@ -27,6 +27,7 @@ from pyft.run_explain import explain_subject
 
 EXPLAINED = 6
 """So many of the worst samples are explained."""
+STEPS = 50
 
 
 def report(
@@ -98,7 +99,7 @@ def _explained(facts: RunFacts, subject: Subject) -> tuple[list[Html], list[str]
     for one in (facts.held_out.get("worst") or [])[:EXPLAINED]:
         try:
             x = _sample(one)
-            explanation = explain_subject(subject, x, "integrated_gradients", None)
+            explanation = explain_subject(subject, x, "integrated_gradients", None, steps=STEPS)
         except DataError as error:
             notes.append(f"sample {one.get('index')}: {error}")
             continue

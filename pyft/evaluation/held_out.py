@@ -109,7 +109,7 @@ class HeldOut:
 
     def _candidates(self, losses: NDArray[Any], index: NDArray[Any]) -> list[int]:
         """Rows of a batch that may be among the worst."""
-        order = np.argsort(-losses, kind="stable")[: self.worst].tolist()
+        order = np.lexsort((index, -losses))[: self.worst].tolist()
         if len(self._worst) < self.worst:
             return order
         return [row for row in order if (float(losses[row]), -int(index[row])) > self._worst[0][:2]]

@@ -14,7 +14,7 @@ from pyft.errors import need
 from pyft.report.markup import Html, element, escape, foreign, join
 from pyft.report.svg import number
 
-FOR, AGAINST = (36, 88, 168), (180, 83, 26)
+FOR, AGAINST = (58, 122, 222), (222, 106, 44)
 """Colours of what speaks for and against the target; pale enough for text on them, dark or light."""
 STRONGEST = 0.45
 SHOWN = 20
@@ -119,12 +119,13 @@ class Explanation:
             if self.text is not None and self.spans is not None:
                 start, stop = self.spans[place]
                 if start == stop:
+                    parts.append(" " if end else None)
                     shown = element("small", token, style="opacity:.75")
                 else:
                     parts.append(self.text[end:start])
                     shown, end = self.text[start:stop], stop
             parts.append(element("span", shown, style=_colour(value / scale), title=f"{token}: {value:+.4f}"))
-            if self.spans is None or self.spans[place] == (0, 0):
+            if self.spans is None or self.spans[place][0] == self.spans[place][1]:
                 parts.append(" ")
         if self.text is not None and self.spans is not None:
             parts.append(self.text[end:])

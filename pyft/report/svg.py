@@ -10,7 +10,7 @@ from typing import Any
 from pyft.report.markup import Html, element, join
 
 WIDTH, HEIGHT = 380, 230
-LEFT, RIGHT, TOP, BOTTOM = 48, 12, 26, 34
+LEFT, RIGHT, TOP, BOTTOM = 54, 12, 26, 34
 MANY = 400
 """Points from which on they are drawn pale, so that their density shows."""
 LETTER = 6.2
