@@ -199,8 +199,8 @@ def _numbers(subject: Subject, samples: Samples, inputs: torch.Tensor) -> dict[s
     sample = inputs[0]
     if sample.ndim == 3 and sample.shape[0] in (1, 3):
         return {"kind": "pixels", "picture": _picture(subject, samples, sample)}
-    columns = samples.columns if samples.columns is not None and len(samples.columns) == sample.numel() else None
-    if columns is None:
+    columns = subject.columns or samples.columns
+    if columns is None or len(columns) != sample.numel():
         columns = tuple(_place(place, tuple(sample.shape)) for place in range(sample.numel()))
     return {"kind": "features", "features": list(columns), "values": [float(v) for v in sample.reshape(-1).tolist()]}
 

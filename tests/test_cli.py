@@ -19,7 +19,7 @@ from pyft.cli import main
 from pyft.errors import ConfigError
 
 DATA = Path(__file__).resolve().parents[1] / "pyft" / "quickstart_data"
-COMMANDS = ("train", "plan", "eval", "export", "predict", "resume", "doctor", "quickstart")
+COMMANDS = ("train", "plan", "eval", "export", "predict", "report", "explain", "resume", "doctor", "quickstart")
 
 
 # ---------------------------------------------------------------- words and help
