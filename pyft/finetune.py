@@ -468,8 +468,8 @@ def finish(run: RunDir, result: Result) -> None:
     if can_draw():
         draw_run(run.path, result.history, result.confusion, result.classes)
     run.write("timings.json", {part: round(spent, 3) for part, spent in run.seconds.items()})
-    write_page(run)
     (run / "start.safetensors").unlink(missing_ok=True)
+    write_page(run)
     run.set_state("finished")
 
 

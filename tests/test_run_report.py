@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 import pyft
+from pyft.cli import main
 from pyft.errors import CheckpointError, ConfigError
 from pyft.report.facts import read_run
 from pyft.report.page import render
@@ -169,9 +169,33 @@ def test_a_page_of_many_classes_takes_no_time(result: pyft.Result) -> None:
     assert len(page) < 12e6
 
 
-def test_in_the_shell(result: pyft.Result, shell: Callable[..., Any], tmp_path: Path) -> None:
-    done = shell("report", str(result.run_dir), "--output", str(tmp_path / "page.html"))
-    assert (done.returncode, done.stdout.strip()) == (0, str(tmp_path / "page.html")), done.stderr
-    refused = shell("report", str(tmp_path))
-    assert refused.returncode == 2
-    assert "is not the folder of a run" in refused.stderr
+def test_in_the_shell(result: pyft.Result, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(result.run_dir), "--output", str(tmp_path / "page.html")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "page.html")
+    assert main(["report", str(tmp_path)]) == 2
+    assert "is not the folder of a run" in capsys.readouterr().err
+
+
+def test_explain_in_the_shell(
+    result: pyft.Result, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("captum", reason="pip install 'pyft[explain]'")
+    from pyft import run_explain
+
+    # A module of the user's own cannot be built from its folder.
+    whole = run_explain.open_subject
+    monkeypatch.setattr(run_explain, "open_subject", lambda _, *rest: whole(result, *rest))
+    frame(5, 3).to_csv(tmp_path / "five.csv", index=False)
+    words = ["explain", str(result.run_dir), str(tmp_path / "five.csv"), "--method", "input_gradients"]
+    assert main([*words, "--row", "4", "--target", "plain", "--html", str(tmp_path / "page.html")]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("plain: ")
+    assert "<img src=x>" in shown
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.startswith("<!DOCTYPE html>")
+    assert "<img" not in page
+    for row in ("5", "-1"):
+        assert main([*words, f"--row={row}"]) == 2
+        assert "holds 5 samples" in capsys.readouterr().err
+    assert main([*words, "--target", "other"]) == 2
+    assert "target='other'" in capsys.readouterr().err

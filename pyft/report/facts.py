@@ -90,7 +90,8 @@ def read_run(folder: Path) -> RunFacts:
 
 
 def _is_shown(path: Path) -> bool:
-    return path.is_file() and not path.name.startswith(".") and path.name != "report.html"
+    # The page is of a finished run; these two are written after it.
+    return path.is_file() and not path.name.startswith(".") and path.name not in ("report.html", "status.json")
 
 
 def _json(path: Path) -> dict[str, Any]:
