@@ -165,8 +165,9 @@ def test_a_page_of_many_classes_takes_no_time(result: pyft.Result) -> None:
     ]
     begin = time.perf_counter()
     page = render(facts)
-    assert time.perf_counter() - begin < 4.0
-    assert len(page) < 12e6
+    # A tenth of that on an idle core; one element for each of the 40,000 cells takes longer.
+    assert time.perf_counter() - begin < 2.0
+    assert len(page) < 2e6
 
 
 def test_in_the_shell(result: pyft.Result, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

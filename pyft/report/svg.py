@@ -13,6 +13,10 @@ WIDTH, HEIGHT = 380, 230
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 26, 34
 MANY = 400
 """Points from which on they are drawn pale, so that their density shows."""
+LEVELS = 8
+"""Strengths of colour in a matrix whose cells are too many for one element each."""
+NUMBERED = 22
+"""Pixels a side from which on a cell of a matrix shows its number."""
 LETTER = 6.2
 """About how wide a letter is at the size of the labels, pixels."""
 
@@ -298,32 +302,54 @@ def heatmap(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> Html:
     shown = [short(name, 26) for name in names]
     side = 0.0 if cell < 8 else min(max(map(len, shown)) * letter * 0.58 + 8, 170)
     head, width = side + 16, side + size * cell + 18
-    cells: list[Any] = [_names(shown, cell, letter, side, head)] if cell >= 8 else []
+    if cell >= 8:
+        cells = [_names(shown, cell, letter, side, head), *_cells(matrix, names, cell, side, head)]
+    else:
+        cells = _many_cells(matrix, cell, side, head)
+    box = element(
+        "rect", class_="box", x=f"{side + 13.5:g}", y=f"{head - 0.5:g}", width=size * cell, height=size * cell
+    )
+    axes = [label("predicted", side + 14 + size * cell / 2, 11), _turned("true", 10, head + size * cell / 2)]
+    return drawing([box, *axes, *cells], "confusion matrix", width, head + size * cell + 4, "matrix")
+
+
+def _cells(matrix: Sequence[Sequence[int]], names: Sequence[str], cell: int, side: float, head: float) -> list[Html]:
+    """A square with a tip for each cell that is not empty; large ones with their number."""
+    cells = []
     for row, counts in enumerate(matrix):
         total = sum(counts) or 1
         for column, count in enumerate(counts):
             if not count:
                 continue
             tip = element("title", f"true {names[row]}, predicted {names[column]}: {count:,} of {total:,}")
-            strength = 0.12 + 0.88 * count / total
             # Numbers are printed on the colour, which stays pale enough for them.
-            strength *= 0.5 if cell >= 22 else 1.0
+            strength = (0.12 + 0.88 * count / total) * (0.5 if cell >= NUMBERED else 1.0)
             x, y = side + column * cell + 14, head + row * cell
-            kind = "right" if row == column else "wrong"
             cells.append(
-                element("rect", tip, class_=kind, x=f"{x:g}", y=f"{y:g}", width=cell - 1, height=cell - 1,
-                        fill_opacity=f"{strength:.3g}")
+                element("rect", tip, class_="right" if row == column else "wrong", x=f"{x:g}", y=f"{y:g}",
+                        width=cell - 1, height=cell - 1, fill_opacity=f"{strength:.3g}")
             )  # fmt: skip
-            if cell >= 22:
-                cells.append(
-                    label(f"{count}" if count < 10_000 else f"{count / 1000:.0f}k", x + (cell - 1) / 2,
-                          y + cell / 2 + 3.5, class_="count")
-                )  # fmt: skip
-    box = element(
-        "rect", class_="box", x=f"{side + 13.5:g}", y=f"{head - 0.5:g}", width=size * cell, height=size * cell
-    )
-    axes = [label("predicted", side + 14 + size * cell / 2, 11), _turned("true", 10, head + size * cell / 2)]
-    return drawing([box, *axes, *cells], "confusion matrix", width, head + size * cell + 4, "matrix")
+            if cell >= NUMBERED:
+                shown = f"{count}" if count < 10_000 else f"{count / 1000:.0f}k"
+                cells.append(label(shown, x + (cell - 1) / 2, y + cell / 2 + 3.5, class_="count"))
+    return cells
+
+
+def _many_cells(matrix: Sequence[Sequence[int]], cell: int, side: float, head: float) -> list[Html]:
+    """Cells of equal colour as one path: of hundreds of classes there are tens of thousands."""
+    paths: dict[tuple[str, int], list[str]] = {}
+    for row, counts in enumerate(matrix):
+        total = sum(counts) or 1
+        for column, count in enumerate(counts):
+            if count:
+                level = 2 + round(count / total * (LEVELS - 2))
+                x, y = side + column * cell + 14, head + row * cell
+                square = f"M{x:g} {y:g}h{cell - 1}v{cell - 1}h{1 - cell}z"
+                paths.setdefault(("right" if row == column else "wrong", level), []).append(square)
+    return [
+        element("path", class_=kind, d="".join(squares), fill_opacity=f"{level / LEVELS:.3g}")
+        for (kind, level), squares in paths.items()
+    ]
 
 
 def _names(shown: Sequence[str], cell: int, letter: float, side: float, head: float) -> Html:
