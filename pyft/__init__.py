@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from pyft.onnx_runtime import compare as compare
     from pyft.plan import plan as plan
     from pyft.result import Result as Result
+    from pyft.run_explain import explain as explain
+    from pyft.run_report import report as report
     from pyft.target_scale import TargetScale as TargetScale
     from pyft.training.stages import Stage as Stage
 
@@ -61,6 +63,7 @@ _HOMES = {
     "errors": "pyft.errors",
     "evaluate": "pyft.evaluate",
     "export_onnx": "pyft.export_model",
+    "explain": "pyft.run_explain",
     "finetune": "pyft.finetune",
     "freeze": "pyft.freezing.plan",
     "lean": "pyft.freezing.lean.swap",
@@ -70,6 +73,7 @@ _HOMES = {
     "optim": "pyft.optim",
     "plan": "pyft.plan",
     "predict": "pyft.evaluate",
+    "report": "pyft.run_report",
     "resume": "pyft.finetune",
     "saved_bytes": "pyft.freezing.saved_bytes",
     "save_delta": "pyft.freezing.delta",
@@ -92,6 +96,7 @@ __all__ = [
     "doctor",
     "errors",
     "evaluate",
+    "explain",
     "export_onnx",
     "finetune",
     "freeze",
@@ -102,6 +107,7 @@ __all__ = [
     "optim",
     "plan",
     "predict",
+    "report",
     "resume",
     "save_delta",
     "saved_bytes",
@@ -123,10 +129,12 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Keeps `pyft.finetune` and `pyft.evaluate` the functions when the modules of the same name are imported."""
+    """Keeps functions when modules or folders of the same name are imported: `pyft.finetune`, `pyft.report`."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, ModuleType) and name in _HOMES and name not in _MODULES:
+            if value.__name__ != _HOMES[name]:
+                return
             value = getattr(value, name)
         super().__setattr__(name, value)
 

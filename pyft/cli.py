@@ -1,4 +1,6 @@
-"""The command `pyft`: train, plan, eval, compare, export, predict, resume, doctor, quickstart. --help loads little.
+"""The command `pyft`: train, plan, eval, compare, export, predict, report, explain, resume, doctor, quickstart.
+
+`pyft --help` loads little.
 
 Exit codes: 0 done; 1 `doctor` found that the core cannot be built; 2 something is wrong with the command, the data or
 the files (one line on standard error); 130 stopped by Ctrl-C. With PYFT_TRACEBACK=1 errors come with their traceback.
@@ -143,6 +145,27 @@ def predict(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def report(arguments: argparse.Namespace) -> int:
+    """`pyft report RUN`."""
+    from pyft.run_report import report as write_report
+
+    print(write_report(arguments.run, arguments.output, explain=arguments.explain, data=arguments.data))
+    return 0
+
+
+def explain(arguments: argparse.Namespace) -> int:
+    """`pyft explain RUN INPUT`."""
+    from pyft.cli_explain import explanation_lines
+
+    lines = explanation_lines(
+        Path(arguments.run), arguments.input, row=arguments.row, method=arguments.method, target=arguments.target,
+        html=None if arguments.html is None else Path(arguments.html),
+    )  # fmt: skip
+    for line in lines:
+        print(line)
+    return 0
+
+
 def resume(arguments: argparse.Namespace) -> int:
     """`pyft resume RUN`."""
     from pyft.finetune import resume as resume_run
@@ -174,6 +197,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "compare": compare,
     "export": export,
     "predict": predict,
+    "report": report,
+    "explain": explain,
     "resume": resume,
     "doctor": doctor,
     "quickstart": quickstart,

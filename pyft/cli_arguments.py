@@ -382,6 +382,30 @@ def _add_others(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
 
     parser = commands.add_parser(
+        "report", help="write a run's report as an HTML page",
+        description="Write the report of a run as one HTML page that needs no network.",
+    )  # fmt: skip
+    parser.add_argument("run", metavar="RUN", help="folder of a run")
+    parser.add_argument("--output", metavar="FILE", help="where to write [RUN/report.html]")
+    parser.add_argument("--data", metavar="DATA", help="labelled data in the place of the run's own held-out samples")
+    parser.add_argument("--explain", action="store_true", help="say what the worst predictions rest on")
+
+    parser = commands.add_parser(
+        "explain", help="what a prediction rests on",
+        description="Attribute the prediction for one sample to its tokens, features or pixels.",
+    )  # fmt: skip
+    parser.add_argument("run", metavar="RUN", help="folder of a run")
+    parser.add_argument("input", metavar="INPUT", help="a text; a .txt, .tsv, .csv or .npy file; an image")
+    parser.add_argument("--row", type=whole, default=0, metavar="N", help="sample of a file, counted from 0 [0]")
+    parser.add_argument(
+        "--method", default="integrated_gradients", metavar="NAME",
+        type=either("integrated_gradients", "input_gradients", "occlusion"),
+        help="integrated_gradients, input_gradients or occlusion [integrated_gradients]",
+    )  # fmt: skip
+    parser.add_argument("--target", metavar="LABEL", help="label that is explained [the predicted one]")
+    parser.add_argument("--html", metavar="FILE", help="also write it as an HTML page")
+
+    parser = commands.add_parser(
         "resume", help="continue an interrupted run", description="Continue an interrupted run."
     )
     parser.add_argument("run", metavar="RUN", help="folder of a run")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect as python_inspect
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -15,25 +13,21 @@ import torch
 from torch import nn
 
 from pyft import run_dir
-from pyft.cached_features import Call, FeatureKeeper
+from pyft.cached_features import FeatureKeeper
 from pyft.core.loader import load_core_for
-from pyft.data.batches import Batches
+from pyft.core.memory import resident_memory
 from pyft.data.table_preprocess import TablePreprocess
 from pyft.describe import describe, describe_source, is_description, repeat_commands
-from pyft.errors import CheckpointError, ExportError, PyftError
-from pyft.evaluation.metrics import Metrics
+from pyft.errors import CheckpointError, PyftError
 from pyft.evaluation.pictures import can_draw, draw_run
-from pyft.evaluation.predict import evaluate_batches
-from pyft.export.parity import Known, Parity
-from pyft.export_model import Exported, run_metadata, write_onnx
 from pyft.freezing.plan import FreezePlan, make_plan
-from pyft.job import EVALUATION_BATCH, Job, autocast, inspect, model_fingerprint, to_device
+from pyft.job import Job, inspect, model_fingerprint
 from pyft.models.call import call_model
 from pyft.models.saved import load_state, save_model
-from pyft.plan import tell_prediction
+from pyft.plan import recalled, tell_prediction
 from pyft.preprocess import spec_of
-from pyft.proof import KeptLogits, prove
-from pyft.result import MAIN_METRICS, Result
+from pyft.record import add_plans, write_cost, write_page
+from pyft.result import Result
 from pyft.run_dir import RunDir
 from pyft.stage_rows import freeze_for
 from pyft.training.checkpoint import load_checkpoint
@@ -44,6 +38,7 @@ from pyft.training.processes import refuse_several_processes
 from pyft.training.progress import Progress, make_progress
 from pyft.training.settings import describe as describe_settings
 from pyft.training.stages import Stage
+from pyft.tuned import evaluate_tuned, export_tuned, logits_to_keep, stage_evaluation, timed
 from pyft.untouched import given_back_on_error
 from pyft.version import __version__
 
@@ -158,6 +153,7 @@ def finetune(
     arguments = dict(locals())
     refuse_several_processes()
     seconds: dict[str, float] = {}
+    memory = resident_memory()
     unfinished = run_dir.look_at(out, resume)
     with timed(seconds, "load"):
         job = inspect(arguments)
@@ -179,6 +175,7 @@ def finetune(
         if (predicted := tell_prediction(config, run.seconds)) is not None:
             result.notes = (*result.notes, predicted)
             show.note(predicted)
+        write_cost(run, history, recalled(config), memory, job.device)
         finish(run, result)
         show.note("seconds: " + ", ".join(f"{part} {spent:.1f}" for part, spent in run.seconds.items()))
         return result
@@ -329,6 +326,7 @@ def train_stages(job: Job, run: RunDir, show: Progress, *, resumed: bool) -> tup
         keeper.close()
         for plan in plans.values():
             plan.release(job.model)
+    add_plans(history, plans)
     kept = job.stages[-1] if history.best_row is None else named_stage(job, history.best_row["stage"])
     run.seconds["train"] = sum(stage["seconds"]["train"] for stage in history.stages)
     run.seconds["validate"] = sum(stage["seconds"]["evaluate"] for stage in history.stages)
@@ -346,28 +344,6 @@ def nothing_trained(run: RunDir) -> bool:
     return not last.exists() or load_checkpoint(last)["position"]["step"] == 0
 
 
-def stage_evaluation(job: Job, call: Call, batches: BatchSource) -> Callable[[], dict[str, float]]:
-    """What the loop calls after each epoch."""
-
-    def evaluate() -> dict[str, float]:
-        with autocast(job.device, job.forward_precision):
-            values = score(job, call, batches).values
-        return {name: value for name, value in values.items() if name in (*MAIN_METRICS, job.settings.metric)}
-
-    return evaluate
-
-
-def score(job: Job, call: Call, batches: BatchSource, kept: KeptLogits | None = None) -> Metrics:
-    """Metrics of the model as it is."""
-    keep = KeptLogits(0) if kept is None else kept
-    return evaluate_batches(
-        lambda inputs: job.in_own_unit(keep.put(call(job.model, to_device(inputs, job.device)))),
-        keep.batches(batches.epoch(0)),
-        job.data.problem,
-        job.data.classes,
-    )
-
-
 def resume_hint(job: Job, run: RunDir) -> str:
     """How the user continues the run."""
     given = [describe_source(job.arguments[name]) for name in ("model", "data")]
@@ -376,100 +352,7 @@ def resume_hint(job: Job, run: RunDir) -> str:
     return f"pyft resume {run.path}"
 
 
-# ---------------------------------------------------------------- evaluate and export
-
-
-def logits_to_keep(job: Job) -> KeptLogits | None:
-    """What the proof need not compute again: the logits of the validation set, where the CPU computes them."""
-    return KeptLogits(len(job.data.val)) if job.data.val is not None and job.device.type == "cpu" else None
-
-
-def evaluate_tuned(job: Job, run: RunDir, history: History, plan: FreezePlan, kept: KeptLogits | None = None) -> Result:
-    """Final metrics in fp32, the precision of the exported file; weights and metrics are on disk afterwards."""
-    data = job.data
-    job.model.eval()
-    with timed(run.seconds, "evaluate"):
-        save_model(run / "model.safetensors", job.model)
-        found = {
-            role: score(job, call_model, Batches(samples, job.preprocess, EVALUATION_BATCH, shuffle=False), keeper)
-            for role, samples, keeper in (("val", data.val, kept), ("test", data.test, None))
-            if samples is not None
-        }
-    metrics = {f"{role}_{name}": value for role, scores in found.items() for name, value in scores.values.items()}
-    detail = found.get("test", found.get("val"))
-    run.write(
-        "metrics.json",
-        {"metric": history.metric, "best_epoch": history.best_epoch, **{r: s.to_dict() for r, s in found.items()}},
-    )
-    run.set_state("tuned")
-    return Result(
-        model=job.model,
-        metrics=metrics,
-        history=history.rows,
-        per_class=[] if detail is None else detail.per_class,
-        confusion=None if detail is None else detail.confusion,
-        classes=data.classes,
-        kind=data.kind,
-        problem=data.problem,
-        plan=plan,
-        run_dir=run.path,
-        seconds=run.seconds,
-        notes=(*job.notes, *history.notes),
-        preprocess=job.preprocess,
-        data_source=held_out_source(job),
-        columns=data.train.columns,
-        target_scale=job.target_scale,
-        label_column=job.arguments["label_column"],
-    )
-
-
-def held_out_source(job: Job) -> str | None:
-    """Where the samples are that the model was not trained on, if they are in a file or folder of their own."""
-    given = job.arguments["data"]
-    if isinstance(given, dict):
-        named = given.get("test", given.get("val"))
-        return str(named) if isinstance(named, (str, Path)) else None
-    if job.data.source is None or not Path(job.data.source).is_dir():
-        return job.data.source
-    places = [Path(job.data.source, role + suffix) for role in ("test", "val") for suffix in ("", ".tsv", ".csv")]
-    return str(next((place for place in places if place.exists()), job.data.source))
-
-
-def export_tuned(job: Job, run: RunDir, result: Result, show: Progress, kept: KeptLogits | None = None) -> None:
-    """Write model.onnx and compare it with the model on all held-out samples.
-
-    Raises:
-        ExportError: with the place of the tuned weights, which are safe.
-    """
-    path = run / "model.onnx"
-    exported = Exported(
-        job.model, job.data.kind, job.data.problem, job.data.classes, job.preprocess, job.target_scale,
-        run_metadata(run.path, result.metrics),
-    )  # fmt: skip
-    job.model.cpu()
-    try:
-        with timed(run.seconds, "export"):
-            write_onnx(exported, job.example.inputs, path)
-        with timed(run.seconds, "parity"):
-            parity = compare(job, path, run / "parity.json", None if kept is None else kept.known())
-    except PyftError as error:
-        raise ExportError(
-            f"{error}. The tuned model and its metrics are safe: {run / 'model.safetensors'}, {run / 'metrics.json'}; "
-            "tune with export=None to do without the ONNX file"
-        ) from error
-    finally:
-        job.model.to(job.device)
-    show.note(f"onnx: {parity}")
-    result.onnx, result.parity = path, parity.to_dict()
-
-
-def compare(job: Job, path: Path, report: Path, known: Known | None) -> Parity:
-    """The exported file against the model on all validation samples, or training samples where there are none."""
-    samples, known = (job.data.train, None) if job.data.val is None else (job.data.val, known)
-    return prove(
-        path, job.model, samples, job.preprocess, problem=job.data.problem, classes=job.data.classes, report=report,
-        known=known, batch_size=EVALUATION_BATCH, to_value=job.in_own_unit,
-    )  # fmt: skip
+# ---------------------------------------------------------------- finish
 
 
 def finish(run: RunDir, result: Result) -> None:
@@ -479,14 +362,5 @@ def finish(run: RunDir, result: Result) -> None:
         draw_run(run.path, result.history, result.confusion, result.classes)
     run.write("timings.json", {part: round(spent, 3) for part, spent in run.seconds.items()})
     (run / "start.safetensors").unlink(missing_ok=True)
+    write_page(run)
     run.set_state("finished")
-
-
-@contextlib.contextmanager
-def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
-    """Add the time spent inside to `seconds[part]`."""
-    begin = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - begin

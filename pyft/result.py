@@ -15,6 +15,7 @@ from pyft.samples import Kind, Problem
 
 if TYPE_CHECKING:
     from pyft.evaluation.metrics import Metrics
+    from pyft.explain.explanation import Explanation
     from pyft.freezing.plan import FreezePlan
     from pyft.target_scale import TargetScale
 
@@ -86,6 +87,20 @@ class Result:
 
         return export_onnx(self, path, **words)
 
+    def report(self, path: str | os.PathLike[str] | None = None, *, explain: bool = False, data: Any = None) -> Path:
+        """Write the report of the run as one HTML page, as `pyft.report` does."""
+        from pyft.run_report import report
+
+        return report(self, path, explain=explain, data=data)
+
+    def explain(
+        self, x: Any, method: str = "integrated_gradients", target: str | int | None = None, **more: Any
+    ) -> Explanation:
+        """What the prediction for one sample rests on, as `pyft.explain` says."""
+        from pyft.run_explain import explain
+
+        return explain(self, x, method, target, **more)
+
     def next_commands(self) -> list[str]:
         """Commands that use what the run has left behind: for the shell, or Python where a function has to be given."""
         where = self.onnx if self.onnx is not None else self.run_dir
@@ -110,6 +125,7 @@ class Result:
         if self.parity is not None:
             rows.append(("parity", self.parity_line()))
         rows += [("run", str(self.run_dir)), ("onnx", str(self.onnx) if self.onnx else "not exported")]
+        rows.append(("report", str(self.run_dir / "report.html")))
         width = max(len(name) for name, _ in rows)
         lines = [f"{name:<{width}}  {value}" for name, value in rows if value]
         commands = self.next_commands()

@@ -14,7 +14,10 @@ metrics.json       final metrics, per class, confusion matrix
 preprocess.json    how raw input becomes tensors
 target_scale.json  mean and std of the training targets, where the model gives (y - mean) / std
 model.onnx         the exported model; parity.json its comparison with PyTorch
-timings.json       seconds per stage of the story
+timings.json       seconds per part of the story
+held_out.json      calibration, and the held-out samples that the model is worst on
+cost.json          time and memory of each stage, and what `pyft.plan` had said
+report.html        all of this to be read
 """
 
 from __future__ import annotations

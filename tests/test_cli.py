@@ -19,7 +19,10 @@ from pyft.cli import main
 from pyft.errors import ConfigError
 
 DATA = Path(__file__).resolve().parents[1] / "pyft" / "quickstart_data"
-COMMANDS = ("train", "plan", "eval", "compare", "export", "predict", "resume", "doctor", "quickstart")
+COMMANDS = (
+    *("train", "plan", "eval", "compare", "export", "predict", "report", "explain", "resume", "doctor"),
+    "quickstart",
+)
 
 
 # ---------------------------------------------------------------- words and help

@@ -19,6 +19,8 @@ MAY_IMPORT = {
     "models": {"core"},
     "data": {"core"},
     "evaluation": {"core"},
+    "report": {"core"},
+    "explain": {"core", "report"},
     "export": {"core"},
     "onnx_runtime": {"core", "data", "evaluation", "export"},
     "training": {"core", "ops", "optim", "freezing"},

@@ -99,6 +99,12 @@ class TextPreprocess:
             what = "" if wrong is None else f"; row {wrong} is {type(texts[wrong]).__name__}"
             raise DataError(f"texts: expected a list of str{what} ({error})") from None
 
+    def tokens(self, text: str) -> tuple[list[str], list[tuple[int, int]], list[bool]]:
+        """The T tokens of one text as `encode` numbers them: as written, (start, end) of each in the text, and whether
+        the tokenizer added it, as it adds [CLS]."""
+        encoding = self._tokenizer.encode(text)
+        return encoding.tokens, encoding.offsets, [bool(one) for one in encoding.special_tokens_mask]
+
     def collate(self, rows: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
         """`input_ids` and `attention_mask`, both (B, T) int64, padded on the right to the longest row."""
         offsets = np.zeros(len(rows) + 1, dtype=np.int64)
