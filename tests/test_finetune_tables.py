@@ -116,7 +116,12 @@ def pipeline_rmse(train: Path, test: Path) -> dict[str, float]:
     found = {}
     for name, model in (
         ("ridge", Ridge()),
-        ("mlp", MLPRegressor(hidden_layer_sizes=(64, 32), learning_rate_init=3e-3, batch_size=32, max_iter=15, random_state=0)),
+        (
+            "mlp",
+            MLPRegressor(
+                hidden_layer_sizes=(64, 32), learning_rate_init=3e-3, batch_size=32, max_iter=15, random_state=0
+            ),
+        ),
     ):
         peer = make_pipeline(features, TransformedTargetRegressor(model, transformer=StandardScaler()))
         peer.fit(frames[0], frames[0][LABEL])
