@@ -16,7 +16,7 @@ import numpy as np
 from pyft.errors import ConfigError, ExportError, need
 from pyft.export.graph import Graph, Value
 from pyft.export.raw_text import IDS, MASK, TYPES
-from pyft.export.run import EXTENSION_OPS
+from pyft.export.run import EXTENSION_OPS, first_line
 
 # What goes wrong first: nothing, blanks, accents, signs, letters without a word, long words and texts, emoji.
 DIFFICULT = [
@@ -136,7 +136,14 @@ def _check(graph: Graph, spec: Mapping[str, Any]) -> None:
     tokenizer.enable_truncation(max_length=int(spec["max_length"]))
     options = runtime.SessionOptions()
     options.register_custom_ops_library(library.get_library_path())
-    session = runtime.InferenceSession(graph.model().SerializeToString(), options)
+    options.log_severity_level = 4
+    try:
+        session = runtime.InferenceSession(graph.model().SerializeToString(), options)
+    except Exception as error:
+        raise ExportError(
+            f"inputs='strings': onnxruntime-extensions does not take this tokenizer: {first_line(error)}: give "
+            "inputs='raw', and the file takes token numbers"
+        ) from error
 
     def differs(text: str) -> list[int] | None:
         found = session.run([IDS], {"text": np.array([text], dtype=object)})[0][0].tolist()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +40,7 @@ class Counted(nn.Module):
 
 def small(**changes) -> dict:
     """The spec of a WordPiece tokenizer of BERT's kind, with parts changed."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "##b", *"xyz"]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", changes.pop("mark", "[MASK]"), "a", "b", "##b", *"xyz"]
     made = tokenizers.Tokenizer(
         tokenizers.models.WordPiece({word: number for number, word in enumerate(words)}, unk_token="[UNK]")
     )
@@ -77,15 +76,17 @@ def test_scripts_that_the_operator_does_not_know_are_told(minilm_dir: Path) -> N
 
 
 def test_a_tokenizer_that_is_cut_otherwise_is_refused() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    """Of a word that is known in part, the operator keeps that part; the tokenizer makes all of it unknown."""
+    words = (
+        r"cuts '  lead and trail  ' into \[2, 1, 5, 1, 1, 3\], the tokenizer into \[2, 1, 1, 1, 3\]: give inputs='raw'"
+    )
+    with pytest.raises(ExportError, match=words):
         strings_front(small(), NAMES)
-        spec = small()
-        content = json.loads(spec["tokenizer"])
-        content["model"]["max_input_chars_per_word"] = 1
-        content["post_processor"]["single"] = content["post_processor"]["single"][:2]
-        with pytest.raises(ExportError, match=r"cuts '' into \[2, 3\], the tokenizer into \[2\]: give inputs='raw'"):
-            strings_front({**spec, "tokenizer": json.dumps(content)}, NAMES)
+
+
+def test_a_vocabulary_that_the_operator_does_not_take() -> None:
+    with pytest.raises(ExportError, match=r"does not take this tokenizer: .*\[MASK\]"):
+        strings_front(small(mark="mask"), NAMES)
 
 
 @pytest.mark.parametrize(
