@@ -27,6 +27,7 @@ def check_finite(values: Any, where: str, what: str) -> None:
         f"{where}: {counted(int(bad.sum()), what)} NaN or infinite, in {counted(rows, 'row')}, first "
         f"at row {place[0]}{column}; "
         f"mend these rows or leave them out"
+        + (", or say preprocess='table', which fills gaps with the median" if what == "input" and bad.ndim == 2 else "")
     )
 
 
