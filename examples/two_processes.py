@@ -1,4 +1,4 @@
-"""Several processes, by DistributedDataParallel or fully_shard: a frozen layer, and AdamW that clips by the norm of all.
+"""Several processes, by DistributedDataParallel or fully_shard: a frozen layer, and AdamW with the norm of all.
 
 pip install pyft scikit-learn && torchrun --nproc-per-node 2 examples/two_processes.py
 With "shard" behind it, parameters and optimizer state are spread over the processes instead of copied.
