@@ -47,15 +47,22 @@ std::unique_ptr<pyft::CudaUpdatePlan> make_plan(const py::list& params, std::vec
 }
 
 // parts: a handle, or nothing for one device alone.
-std::optional<pyft::DeviceParts> device_parts(const py::list& parts, int64_t devices, int64_t device) {
-  std::vector<torch::stable::Tensor> taken = pyft::take(parts);
-  return taken.empty() ? std::nullopt : std::optional(pyft::DeviceParts{taken[0], devices, device});
+// Each list holds one tensor or none.
+pyft::Others others_of(const py::list& parts, int64_t devices, int64_t device, const py::list& sums) {
+  pyft::Others others;
+  for (torch::stable::Tensor& taken : pyft::take(parts)) {
+    others.devices = pyft::DeviceParts{std::move(taken), devices, device};
+  }
+  for (torch::stable::Tensor& taken : pyft::take(sums)) {
+    others.processes = std::move(taken);
+  }
+  return others;
 }
 
 // lrs: handles of learning rates that are on the GPU, and the groups that they are for.
 void take_norms(pyft::CudaUpdatePlan& plan, const std::vector<pyft::GroupTuple>& groups, const py::list& lrs,
                 const std::vector<int64_t>& lr_groups, const py::dict& clip, const py::list& parts, int64_t devices,
-                int64_t device) {
+                int64_t device, const py::list& sums) {
   const std::vector<pyft::RuleHyper> unpacked = pyft::unpack(groups);
   const pyft::ClipOptions options = clip_options(clip);
   const pyft::OwnedHandles handles = pyft::borrow(lrs);
@@ -63,15 +70,15 @@ void take_norms(pyft::CudaUpdatePlan& plan, const std::vector<pyft::GroupTuple>&
   for (size_t k = 0; k < handles.size(); ++k) {
     on_device.at(lr_groups.at(k)) = static_cast<const float*>(pyft::view_of(handles[k]).data);
   }
-  const auto of_devices = device_parts(parts, devices, device);
+  const pyft::Others others = others_of(parts, devices, device, sums);
   py::gil_scoped_release release;
-  plan.take_norms(unpacked, on_device, options, of_devices);
+  plan.take_norms(unpacked, on_device, options, others);
 }
 
-void update(pyft::CudaUpdatePlan& plan, const py::list& parts, int64_t devices, int64_t device) {
-  const auto of_devices = device_parts(parts, devices, device);
+void update(pyft::CudaUpdatePlan& plan, const py::list& parts, int64_t devices, int64_t device, const py::list& sums) {
+  const pyft::Others others = others_of(parts, devices, device, sums);
   py::gil_scoped_release release;
-  plan.update(of_devices);
+  plan.update(others);
 }
 
 }  // namespace

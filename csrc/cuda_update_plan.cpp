@@ -55,7 +55,12 @@ CudaUpdatePlan::CudaUpdatePlan(PlanInput input, Tensor decision)
   put(device_chunks_, std::move(table.chunks));
   put(device_begin_, std::move(table.begin));
   put(device_group_of_, std::move(group_of));
-  put(device_numbers_, numbers_);
+  // Which part of a tensor it is, in the upper half, keys random bits only.
+  std::vector<int64_t> of_tensors = numbers_;
+  for (int64_t& number : of_tensors) {
+    number &= 0xffffffff;
+  }
+  put(device_numbers_, std::move(of_tensors));
   put(device_fresh_, std::move(fresh));
 }
 
@@ -174,7 +179,8 @@ void CudaUpdatePlan::sum_squares(cudaStream_t stream) {
   check_launch(launch_row_norms(work, stream), "update_");
 }
 
-void CudaUpdatePlan::decide(DecisionStage stage, const std::optional<DeviceParts>& parts, cudaStream_t stream) {
+void CudaUpdatePlan::decide(DecisionStage stage, const Others& others, cudaStream_t stream) {
+  const std::optional<DeviceParts>& parts = others.devices;
   const int64_t count = static_cast<int64_t>(tensors_.size()), groups = device_groups_.size();
   const int64_t room = decision_scratch(count, groups);
   scratch_.reserve(room + part_size(groups), decision_);
@@ -195,6 +201,11 @@ void CudaUpdatePlan::decide(DecisionStage stage, const std::optional<DeviceParts
   work.global_limit = clip_.global;
   work.refuses = clip_.refuses;
   work.sums = scratch_.data();
+  if (others.processes.has_value()) {
+    STD_TORCH_CHECK(others.processes->numel() == 2 * count, "sums must have ", 2 * count, " numbers, got ",
+                    others.processes->numel());
+    work.sums = static_cast<double*>(others.processes->mutable_data_ptr());
+  }
   work.group_factors = scratch_.data() + 2 * count;
   work.parts = parts.has_value() ? static_cast<double*>(parts->parts.mutable_data_ptr()) : scratch_.data() + room;
   work.devices = parts.has_value() ? parts->devices : 1;
@@ -205,7 +216,7 @@ void CudaUpdatePlan::decide(DecisionStage stage, const std::optional<DeviceParts
 }
 
 void CudaUpdatePlan::take_norms(const std::vector<RuleHyper>& groups, const std::vector<const float*>& lrs,
-                                const ClipOptions& clip, const std::optional<DeviceParts>& parts) {
+                                const ClipOptions& clip, const Others& others) {
   const CudaDevice device(decision_);
   clip_ = clip;
   put_groups(groups, lrs);
@@ -222,13 +233,18 @@ void CudaUpdatePlan::take_norms(const std::vector<RuleHyper>& groups, const std:
   }
   fresh_decision_ = false;
   sum_squares(device.stream());
-  decide(parts.has_value() ? DecisionStage::part : DecisionStage::both, parts, device.stream());
+  const DecisionStage stage = others.processes.has_value() ? DecisionStage::sums
+                              : others.devices.has_value() ? DecisionStage::part
+                                                           : DecisionStage::both;
+  decide(stage, others, device.stream());
 }
 
-void CudaUpdatePlan::update(const std::optional<DeviceParts>& parts) {
+void CudaUpdatePlan::update(const Others& others) {
   const CudaDevice device(decision_);
-  if (clip_.takes_norm && parts.has_value()) {
-    decide(DecisionStage::rest, parts, device.stream());
+  if (clip_.takes_norm && others.processes.has_value()) {
+    decide(DecisionStage::after_sums, others, device.stream());
+  } else if (clip_.takes_norm && others.devices.has_value()) {
+    decide(DecisionStage::rest, others, device.stream());
   }
   launch(&decision()->coef, true, device.stream());
 }

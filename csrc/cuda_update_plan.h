@@ -35,6 +35,13 @@ struct DeviceParts {
   int64_t devices, device;
 };
 
+// Whose sums belong to those of a device: other devices of this process, or other processes, or none. For processes,
+// room for two sums of each tensor, float64; the first half is to be added over them between the halves of a step.
+struct Others {
+  std::optional<DeviceParts> devices;
+  std::optional<torch::stable::Tensor> processes;
+};
+
 // Takes dense fp32, bf16 and fp16 parameters on one GPU whose state has their layout; throws for others.
 class CudaUpdatePlan {
  public:
@@ -45,12 +52,12 @@ class CudaUpdatePlan {
   bool set_gradients(const OwnedHandles& grads, std::vector<int64_t>& to_be_copied);
   bool has_rows() const { return tensors_.has_rows(); }
 
-  // The first half of a step: norms, and unless `parts` wait for other devices, the decision. `lrs`: learning rates
-  // that are in device memory themselves, one for each group, or null.
+  // The first half of a step: norms, and unless `others` are waited for, the decision. `lrs`: learning rates that are
+  // in device memory themselves, one for each group, or null.
   void take_norms(const std::vector<RuleHyper>& groups, const std::vector<const float*>& lrs, const ClipOptions& clip,
-                  const std::optional<DeviceParts>& parts);
-  // The second half: the decision, if it was waited for, and the update.
-  void update(const std::optional<DeviceParts>& parts);
+                  const Others& others);
+  // The second half: the decision, if others were waited for, and the update.
+  void update(const Others& others);
 
   // The update alone, by a factor in device memory, or null for 1. Counters hold the number of this step.
   void update_by(const std::vector<RuleHyper>& groups, const float* coef);
@@ -65,7 +72,7 @@ class CudaUpdatePlan {
   void put_tables();
   void reset_decision();
   void sum_squares(cudaStream_t stream);
-  void decide(DecisionStage stage, const std::optional<DeviceParts>& parts, cudaStream_t stream);
+  void decide(DecisionStage stage, const Others& others, cudaStream_t stream);
   void launch(const float* coef, bool advance, cudaStream_t stream);
 
   template <class T>

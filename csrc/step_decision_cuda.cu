@@ -16,26 +16,29 @@ __device__ __forceinline__ double factor_of(double sum_of_squares, double limit)
   return is_finite(sum_of_squares) ? clip_coefficient(sqrt(sum_of_squares), limit) : 1.0;
 }
 
-// The sum of squares of each tensor, and behind them what is left after its parts and the tensor itself were clipped.
+// The sum of squares of each tensor.
 __device__ __forceinline__ void sum_tensors(const DecisionWork& work) {
-  double *sums = work.sums, *clipped = work.sums + work.num_tensors;
   const auto term = [&work](int64_t i) { return load(work.terms + i); };
-  sum_of_each(term, work.begin, work.num_tensors, sums);
+  sum_of_each(term, work.begin, work.num_tensors, work.sums);
+  __syncthreads();
+}
+
+// Behind these sums, what is left after the parts of each tensor and the tensor itself were clipped.
+__device__ __forceinline__ void clip_tensors(const DecisionWork& work) {
+  double *sums = work.sums, *clipped = work.sums + work.num_tensors;
   if (work.factors != nullptr) {
     const auto clipped_term = [&work](int64_t i) {
       const double factor = load(work.factors + i);
       return load(work.terms + i) * factor * factor;
     };
     sum_of_each(clipped_term, work.begin, work.num_tensors, clipped);
-  }
-  __syncthreads();
-  if (work.factors == nullptr) {
+  } else {
     for (int64_t t = threadIdx.x; t < work.num_tensors; t += kThreads) {
       const double sum = load(sums + t), factor = factor_of(sum, work.tensor_limit);
       store(clipped + t, sum * factor * factor);
     }
-    __syncthreads();
   }
+  __syncthreads();
 }
 
 template <class Shared>
@@ -87,7 +90,7 @@ __device__ __forceinline__ double block_min(double x, Shared scratch) {
 template <class Shared>
 __device__ __forceinline__ void fill_part(const DecisionWork& work, Shared scratch) {
   double* part = work.parts + work.device * part_size(work.num_groups);
-  sum_tensors(work);
+  clip_tensors(work);
   store_sum(work.sums, work.num_tensors, scratch, part);
   store_sum(work.sums + work.num_tensors, work.num_tensors, scratch, part + 2);
   double bad = INFINITY;
@@ -181,10 +184,13 @@ __device__ __forceinline__ void decide(const DecisionWork& work, Shared scratch)
 
 __global__ void __launch_bounds__(kThreads, 1) decision_kernel(DecisionWork work, DecisionStage stage) {
   PYFT_SHARED(double, scratch, 2 * kWarps);
-  if (stage != DecisionStage::rest) {
+  if (stage != DecisionStage::rest && stage != DecisionStage::after_sums) {
+    sum_tensors(work);
+  }
+  if (stage != DecisionStage::rest && stage != DecisionStage::sums) {
     fill_part(work, scratch);
   }
-  if (stage != DecisionStage::part) {
+  if (stage != DecisionStage::part && stage != DecisionStage::sums) {
     decide(work, scratch);
   }
 }

@@ -56,9 +56,10 @@ struct DecisionWork {
 
 inline int64_t decision_scratch(int64_t num_tensors, int64_t num_groups) { return 2 * num_tensors + num_groups; }
 
-enum class DecisionStage { part, rest, both };
+// `part` fills this device's part, and `rest` decides once those of all devices are there. `sums` takes the sums of
+// squares of this process's parts of tensors, and `after_sums` decides once they were added over all processes.
+enum class DecisionStage { part, rest, both, sums, after_sums };
 
-// Fills this device's part, and decides once those of all devices are there.
 cudaError_t launch_decision(const DecisionWork& work, DecisionStage stage, cudaStream_t stream);
 
 }  // namespace pyft

@@ -18,12 +18,14 @@ from pyft.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from pyft import errors as errors
+    from pyft import onnx_runtime as onnx_runtime
     from pyft import ops as ops
     from pyft import optim as optim
     from pyft.core.doctor import doctor as doctor
+    from pyft.data.table_preprocess import TablePreprocess as TablePreprocess
     from pyft.evaluate import evaluate as evaluate
     from pyft.evaluate import predict as predict
-    from pyft.export.onnx import export_onnx as export_onnx
+    from pyft.export_model import export_onnx as export_onnx
     from pyft.finetune import finetune as finetune
     from pyft.finetune import resume as resume
     from pyft.freezing.delta import apply_delta as apply_delta
@@ -37,8 +39,12 @@ if TYPE_CHECKING:
     from pyft.freezing.prefix_cache import PrefixCache as PrefixCache
     from pyft.freezing.saved_bytes import saved_bytes as saved_bytes
     from pyft.freezing.select_rows import Rows as Rows
+    from pyft.onnx_runtime import compare as compare
     from pyft.plan import plan as plan
     from pyft.result import Result as Result
+    from pyft.run_explain import explain as explain
+    from pyft.run_report import report as report
+    from pyft.target_scale import TargetScale as TargetScale
     from pyft.training.stages import Stage as Stage
 
 # public name -> module that holds it; a module stands for itself
@@ -49,25 +55,31 @@ _HOMES = {
     "Result": "pyft.result",
     "Rows": "pyft.freezing.select_rows",
     "Stage": "pyft.training.stages",
+    "TablePreprocess": "pyft.data.table_preprocess",
+    "TargetScale": "pyft.target_scale",
     "apply_delta": "pyft.freezing.delta",
+    "compare": "pyft.onnx_runtime",
     "doctor": "pyft.core.doctor",
     "errors": "pyft.errors",
     "evaluate": "pyft.evaluate",
-    "export_onnx": "pyft.export.onnx",
+    "export_onnx": "pyft.export_model",
+    "explain": "pyft.run_explain",
     "finetune": "pyft.finetune",
     "freeze": "pyft.freezing.plan",
     "lean": "pyft.freezing.lean.swap",
     "lean_calls": "pyft.freezing.lean.calls",
+    "onnx_runtime": "pyft.onnx_runtime",
     "ops": "pyft.ops",
     "optim": "pyft.optim",
     "plan": "pyft.plan",
     "predict": "pyft.evaluate",
+    "report": "pyft.run_report",
     "resume": "pyft.finetune",
     "saved_bytes": "pyft.freezing.saved_bytes",
     "save_delta": "pyft.freezing.delta",
     "train_only": "pyft.freezing.partial",
 }
-_MODULES = ("errors", "ops", "optim")
+_MODULES = ("errors", "onnx_runtime", "ops", "optim")
 
 __all__ = [
     "FreezePlan",
@@ -76,20 +88,26 @@ __all__ = [
     "Result",
     "Rows",
     "Stage",
+    "TablePreprocess",
+    "TargetScale",
     "__version__",
     "apply_delta",
+    "compare",
     "doctor",
     "errors",
     "evaluate",
+    "explain",
     "export_onnx",
     "finetune",
     "freeze",
     "lean",
     "lean_calls",
+    "onnx_runtime",
     "ops",
     "optim",
     "plan",
     "predict",
+    "report",
     "resume",
     "save_delta",
     "saved_bytes",
@@ -111,10 +129,12 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Keeps `pyft.finetune` and `pyft.evaluate` the functions when the modules of the same name are imported."""
+    """Keeps functions when modules or folders of the same name are imported: `pyft.finetune`, `pyft.report`."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, ModuleType) and name in _HOMES and name not in _MODULES:
+            if value.__name__ != _HOMES[name]:
+                return
             value = getattr(value, name)
         super().__setattr__(name, value)
 

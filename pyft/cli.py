@@ -1,4 +1,6 @@
-"""The command `pyft`: train, plan, eval, export, predict, resume, doctor, quickstart. --help imports nothing heavy.
+"""The command `pyft`: train, plan, eval, compare, export, predict, report, explain, resume, doctor, quickstart.
+
+`pyft --help` loads little.
 
 Exit codes: 0 done; 1 `doctor` found that the core cannot be built; 2 something is wrong with the command, the data or
 the files (one line on standard error); 130 stopped by Ctrl-C. With PYFT_TRACEBACK=1 errors come with their traceback.
@@ -64,8 +66,9 @@ def _job(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """Data and keywords of `pyft.finetune`."""
     given = vars(arguments)
     keywords = {option.name: given[option.name] for option in options() if option.name in given}
-    if keywords.get("export") == "none":
-        keywords["export"] = None
+    for name in ("export", "preprocess"):
+        if keywords.get(name) == "none":
+            keywords[name] = None
     data: Any = arguments.data
     sets = {"val": keywords.get("val"), "test": arguments.test}
     sets = {role: value for role, value in sets.items() if isinstance(value, str)}
@@ -79,6 +82,7 @@ def _job(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 def evaluate(arguments: argparse.Namespace) -> int:
     """`pyft eval RUN_OR_ONNX DATA`."""
     from pyft.evaluate import evaluate as evaluate_model
+    from pyft.export.run import CPU
 
     metrics = evaluate_model(
         arguments.model,
@@ -86,8 +90,31 @@ def evaluate(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         text_column=arguments.text_column,
         label_column=arguments.label_column,
+        provider=arguments.provider or CPU,
     )
     print(json.dumps(metrics.to_dict(), ensure_ascii=False) if arguments.json else metrics)
+    return 0
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """`pyft compare A B DATA`."""
+    from pyft.export.run import CPU
+    from pyft.onnx_runtime import compare as compare_files
+
+    comparison = compare_files(
+        arguments.a,
+        arguments.b,
+        arguments.data,
+        metric=arguments.metric.split(",") if "," in arguments.metric else arguments.metric,
+        resamples=arguments.resamples,
+        confidence=arguments.confidence,
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+        text_column=arguments.text_column,
+        label_column=arguments.label_column,
+        provider=arguments.provider or CPU,
+    )
+    print(json.dumps(comparison.to_dict(), ensure_ascii=False) if arguments.json else comparison)
     return 0
 
 
@@ -95,7 +122,8 @@ def export(arguments: argparse.Namespace) -> int:
     """`pyft export RUN`."""
     from pyft.cli_export import export_run
 
-    for line in export_run(Path(arguments.run), None if arguments.output is None else Path(arguments.output)):
+    words = {name: getattr(arguments, name) for name in ("inputs", "precision", "opset", "max_drop")}
+    for line in export_run(Path(arguments.run), None if arguments.output is None else Path(arguments.output), **words):
         print(line)
     return 0
 
@@ -110,7 +138,29 @@ def predict(arguments: argparse.Namespace) -> int:
         text_column=arguments.text_column,
         batch_size=arguments.batch_size,
         as_json=arguments.json,
+        provider=arguments.provider,
     )
+    for line in lines:
+        print(line)
+    return 0
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """`pyft report RUN`."""
+    from pyft.run_report import report as write_report
+
+    print(write_report(arguments.run, arguments.output, explain=arguments.explain, data=arguments.data))
+    return 0
+
+
+def explain(arguments: argparse.Namespace) -> int:
+    """`pyft explain RUN INPUT`."""
+    from pyft.cli_explain import explanation_lines
+
+    lines = explanation_lines(
+        Path(arguments.run), arguments.input, row=arguments.row, method=arguments.method, target=arguments.target,
+        html=None if arguments.html is None else Path(arguments.html),
+    )  # fmt: skip
     for line in lines:
         print(line)
     return 0
@@ -144,8 +194,11 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": train,
     "plan": plan,
     "eval": evaluate,
+    "compare": compare,
     "export": export,
     "predict": predict,
+    "report": report,
+    "explain": explain,
     "resume": resume,
     "doctor": doctor,
     "quickstart": quickstart,

@@ -219,6 +219,7 @@ _DATA = [
     Option("label_column", None, word, "NAME", "column that holds the label"),
     Option("class_weight", None, weights, "WEIGHTS", "balanced, or one number per class: 1,2,0.5"),
     Option("augment", "none", str, "NAME", "for images: none, flip, crop or strong"),
+    Option("preprocess", None, either("table", "none"), "NAME", "table: scale numbers, fill gaps, one-hot words"),
     Option("max_length", None, or_word(whole, "none"), "N", "tokens per text; the rest is cut off"),
 ]
 _MODEL = [
@@ -246,6 +247,7 @@ _TRAINING = [
     Option("clip", 1.0, or_word(number, "none"), "X", "largest norm of the gradient"),
     Option("precision", "auto", either("fp32", "bf16", "auto"), "NAME", "fp32, bf16, or auto: bf16 where it is faster"),
     Option("loss", "auto", str, "NAME", "loss function"),
+    Option("scale_targets", "auto", or_word(truth, "auto"), "BOOL", "learn numbers as (y - mean) / std"),
     Option("label_smoothing", 0.0, number, "X", "share of the target spread over all classes"),
     Option("metric", "auto", str, "NAME", "metric that picks the best epoch"),
     Option("patience", None, or_word(whole, "none"), "N", "stop after N epochs without a better one"),
@@ -312,6 +314,29 @@ def _add_columns(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label-column", metavar="NAME", help="column that holds the label")
 
 
+def _add_provider(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--provider", metavar="NAME", help="onnxruntime's execution provider [CPUExecutionProvider]")
+
+
+def _add_compare(commands: Any) -> None:
+    parser = commands.add_parser(
+        "compare", help="two ONNX files on the same labelled data",
+        description="Metrics of two ONNX files on the same data, bootstrap intervals of their differences, and "
+        "McNemar's test.",
+    )  # fmt: skip
+    parser.add_argument("a", metavar="A", help="a .onnx file, or the folder of a run that holds model.onnx")
+    parser.add_argument("b", metavar="B", help="another")
+    parser.add_argument("data", metavar="DATA", help="labelled data, as for train")
+    parser.add_argument("--metric", default="auto", metavar="NAME", help="a metric, or several with commas [auto]")
+    parser.add_argument("--resamples", type=whole, default=2000, metavar="N", help="draws of the bootstrap [2000]")
+    parser.add_argument("--confidence", type=number, default=0.95, metavar="X", help="of the intervals [0.95]")
+    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="seed of the bootstrap [0]")
+    parser.add_argument("--batch-size", type=whole, default=64, metavar="N", help="samples at a time [64]")
+    _add_columns(parser)
+    _add_provider(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
 def _add_others(commands: Any) -> None:
     parser = commands.add_parser(
         "eval", help="metrics of a run or an ONNX file on labelled data",
@@ -321,13 +346,25 @@ def _add_others(commands: Any) -> None:
     parser.add_argument("data", metavar="DATA", help="labelled data, as for train")
     parser.add_argument("--batch-size", type=whole, default=64, metavar="N", help="samples at a time [64]")
     _add_columns(parser)
+    _add_provider(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
+    _add_compare(commands)
     parser = commands.add_parser(
         "export", help="write a run's model as ONNX", description="Write a run's model as ONNX."
     )
     parser.add_argument("run", metavar="RUN", help="folder of a run")
     parser.add_argument("--output", metavar="FILE", help="where to write [RUN/model.onnx]")
+    parser.add_argument(
+        "--inputs", type=either("auto", "raw", "tensor", "strings"), metavar="NAME",
+        help="what the file takes: raw (pictures as bytes, padded tokens, named columns), strings (texts), or tensor "
+        "(what the model takes) [raw where pyft knows the preprocessing]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--precision", type=either("fp32", "fp16", "int8"), metavar="NAME", help="fp32, fp16 or int8 [fp32]"
+    )
+    parser.add_argument("--opset", type=whole, metavar="N", help="ONNX operator set [as torch recommends]")
+    parser.add_argument("--max-drop", type=number, metavar="X", help="of the metric in lower precision [0.01]")
 
     parser = commands.add_parser(
         "predict", help="labels for new texts, images or rows",
@@ -341,7 +378,32 @@ def _add_others(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--text-column", metavar="NAME", help="column that holds the text")
     parser.add_argument("--batch-size", type=whole, default=64, metavar="N", help="samples at a time [64]")
+    _add_provider(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
+
+    parser = commands.add_parser(
+        "report", help="write a run's report as an HTML page",
+        description="Write the report of a run as one HTML page that needs no network.",
+    )  # fmt: skip
+    parser.add_argument("run", metavar="RUN", help="folder of a run")
+    parser.add_argument("--output", metavar="FILE", help="where to write [RUN/report.html]")
+    parser.add_argument("--data", metavar="DATA", help="labelled data in the place of the run's own held-out samples")
+    parser.add_argument("--explain", action="store_true", help="say what the worst predictions rest on")
+
+    parser = commands.add_parser(
+        "explain", help="what a prediction rests on",
+        description="Attribute the prediction for one sample to its tokens, features or pixels.",
+    )  # fmt: skip
+    parser.add_argument("run", metavar="RUN", help="folder of a run")
+    parser.add_argument("input", metavar="INPUT", help="a text; a .txt, .tsv, .csv or .npy file; an image")
+    parser.add_argument("--row", type=whole, default=0, metavar="N", help="sample of a file, counted from 0 [0]")
+    parser.add_argument(
+        "--method", default="integrated_gradients", metavar="NAME",
+        type=either("integrated_gradients", "input_gradients", "occlusion"),
+        help="integrated_gradients, input_gradients or occlusion [integrated_gradients]",
+    )  # fmt: skip
+    parser.add_argument("--target", metavar="LABEL", help="label that is explained [the predicted one]")
+    parser.add_argument("--html", metavar="FILE", help="also write it as an HTML page")
 
     parser = commands.add_parser(
         "resume", help="continue an interrupted run", description="Continue an interrupted run."

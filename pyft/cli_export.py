@@ -4,52 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pyft.core.files import write_atomic
-from pyft.errors import DataError
-
-if TYPE_CHECKING:
-    from pyft.run_dir import OpenRun
-    from pyft.samples import Samples
-
-MAX_SAMPLES = 1024
-EXAMPLE_SIZE = 4
-BATCH_SIZE = 64
-
-# Where a run's texts are gone, these of different lengths show whether the file behaves like the model.
-TEXTS = [
-    "ok",
-    "Where is my order?",
-    "The second parcel came this morning, but the invoice in it is for somebody else.",
-    "Please call me back after four, I would like to talk about the offer you sent last week, and about the "
-    "two machines that are still waiting to be repaired.",
-]
+from pyft.errors import ConfigError
 
 
-def export_run(run: Path, output: Path | None) -> Iterator[str]:
+def export_run(run: Path, output: Path | None, **words: Any) -> Iterator[str]:
     """Write the ONNX file; the lines say where it is and how it compares.
 
     Args:
         run: the folder of a run.
         output: where to write; default: model.onnx in that folder.
+        words: inputs, precision, opset, max_drop, as of `pyft.export_onnx`; None: the default.
 
     Raises:
         ConfigError: not a run, or one whose model only its owner can build and that was not exported.
         CheckpointError: the run is not finished.
         ExportError: the file does not behave like the model.
     """
-    from pyft.run_dir import can_build, open_run
+    from pyft.run_dir import can_build
 
     target = run / "model.onnx" if output is None else output
+    given = {name: value for name, value in words.items() if value is not None}
     exported = run / "model.onnx"
     if not can_build(run) and exported.is_file():
+        if given:
+            raise ConfigError(
+                f"{', '.join(given)}: the model of {run} is one of your own, which cannot be built here; export "
+                f"it from Python: pyft.export_onnx(result, {str(target)!r}, ...)"
+            )
         yield from copy_exported(exported, target)
         return
-    opened = open_run(run)
-    samples, whose = comparison_samples(opened)
-    yield from export_opened(opened, samples, target)
-    yield f"compared on {len(samples)} {whose}"
+    yield from _exported(run, target, given)
 
 
 def copy_exported(exported: Path, target: Path) -> Iterator[str]:
@@ -62,60 +49,11 @@ def copy_exported(exported: Path, target: Path) -> Iterator[str]:
     yield f"{target} ({len(content) / 1e6:.1f} MB), the file written at the end of the run"
 
 
-def export_opened(opened: OpenRun, samples: Samples, target: Path) -> Iterator[str]:
-    """Export, compare on `samples`, and say so; the report is <name>.parity.json, parity.json for model.onnx."""
-    from pyft.data.batches import Batches
-    from pyft.export.onnx import export_onnx, run_metadata
-    from pyft.export.parity import check_parity
-    from pyft.models.call import call_model
-    from pyft.preprocess import spec_of
+def _exported(run: Path, target: Path, words: dict[str, Any]) -> Iterator[str]:
+    from pyft.export_model import export_with_proof
 
-    batches = Batches(samples, opened.preprocess, BATCH_SIZE, shuffle=False)
-    few = Batches(
-        samples.subset(range(min(EXAMPLE_SIZE, len(samples)))), opened.preprocess, EXAMPLE_SIZE, shuffle=False
-    )
-    export_onnx(
-        opened.module, next(iter(few.epoch(0))).inputs, target, classes=opened.classes, task=opened.problem,
-        kind=opened.kind, preprocess=spec_of(opened.preprocess),
-        metadata=run_metadata(opened.path.resolve().name, opened.config["data"].get("columns")),
-    )  # fmt: skip
-    report = target.with_name("parity.json" if target.name == "model.onnx" else f"{target.stem}.parity.json")
-    parity = check_parity(
-        lambda inputs: call_model(opened.module, inputs), target, batches.epoch(0),
-        problem=opened.problem, classes=opened.classes, report=report,
-    )  # fmt: skip
-    yield f"{target} ({target.stat().st_size / 1e6:.1f} MB)"
-    yield str(parity)
-
-
-def comparison_samples(opened: OpenRun) -> tuple[Samples, str]:
-    """The run's validation samples where its data can still be read, else a few texts of pyft's own.
-
-    Raises:
-        DataError: the data is gone, and the model does not take texts.
-    """
-    import torch
-
-    from pyft.samples import Samples
-
-    try:
-        samples, whose = _own_samples(opened)
-    except DataError as error:
-        if opened.kind != "text":
-            raise DataError(f"the data of the run is needed as an example of its inputs: {error}") from None
-        return Samples("text", TEXTS, None, "texts"), "texts of pyft's own, as the run's data cannot be read"
-    if len(samples) > MAX_SAMPLES:
-        samples = samples.subset(torch.linspace(0, len(samples) - 1, MAX_SAMPLES).long())
-    return samples, whose
-
-
-def _own_samples(opened: OpenRun) -> tuple[Samples, str]:
-    from pyft.data.sources import load_data
-    from pyft.run_dir import is_description
-
-    arguments: dict[str, Any] = opened.config["arguments"]
-    if is_description(arguments["data"]):
-        raise DataError("it was given from Python, which no file keeps")
-    keys = ("task", "val", "stratify", "seed", "text_column", "label_column")
-    data = load_data(arguments["data"], **{key: arguments[key] for key in keys})
-    return (data.train, "training samples") if data.val is None else (data.val, "validation samples")
+    path, parity, samples = export_with_proof(run, target, **words)
+    yield f"{path} ({path.stat().st_size / 1e6:.1f} MB)"
+    if parity is not None and samples is not None:
+        yield str(parity)
+        yield f"compared on {len(samples)} {samples.name}"

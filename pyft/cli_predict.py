@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,42 +14,69 @@ TABLES = (".tsv", ".csv")
 
 
 def prediction_lines(
-    model: Path, words: Sequence[str], *, text_column: str | None, batch_size: int, as_json: bool
+    model: Path,
+    words: Sequence[str],
+    *,
+    text_column: str | None,
+    batch_size: int,
+    as_json: bool,
+    provider: str | None = None,
 ) -> Iterator[str]:
     """One line per sample: label, probability and input with tabs between, or JSON.
 
     Raises:
         ConfigError, DataError, ExportError: as `pyft.predict`; nothing has been printed then.
     """
-    from pyft.evaluate import predict
-
-    kind, classes, columns = describe_model(model)
-    names, raw = READERS[kind](words, columns if kind == "array" else text_column)
-    rows = predict(model, raw, batch_size=batch_size, text_column=text_column)
+    predict, opened = _opened(model, provider)
+    kind, classes, form = describe_model(opened)
+    names, raw = READERS[kind](words, form if kind == "array" else text_column)
+    rows = predict(opened, raw, batch_size=batch_size, text_column=text_column)
     for name, row in zip(names, rows, strict=True):
         yield json_line(name, row, classes) if as_json else text_line(name, row)
 
 
-def describe_model(model: Path) -> tuple[str, list[str] | None, list[str] | None]:
-    """Kind of input, class names and names of table columns of a run or an ONNX file.
+def _opened(model: Path, provider: str | None) -> tuple[Callable[..., list[dict[str, Any]]], Any]:
+    """What predicts, and the model for it: a file is opened once, and without torch, whose import takes seconds."""
+    if model.suffix == ".onnx":
+        from pyft.onnx_runtime import load, predict
+
+        return predict, load(model) if provider is None else load(model, provider=provider)
+    from pyft.evaluate import predict as predict_any
+
+    if provider is not None:
+        raise ConfigError(f"--provider {provider}: torch runs {model}; give its .onnx file")
+    return predict_any, model
+
+
+def describe_model(model: Any) -> tuple[str, list[str] | None, Any]:
+    """Kind of input, class names, and how tables are read (a `TableForm`), of a run's folder or an opened ONNX file.
 
     Raises:
         ConfigError: neither, or a file that does not say what it takes.
     """
-    from pyft.run_dir import is_run, read_config
+    if not isinstance(model, Path):
+        return _describe_file(model)
+    from pyft.run_dir import is_run, read_config, read_preprocess
 
-    if is_run(model):
-        config = read_config(model)
-        return config["data"]["kind"], config["classes"], config["data"].get("columns")
-    if model.suffix != ".onnx":
+    if not is_run(model):
         state = "is neither" if model.exists() else "does not exist"
         raise ConfigError(f"{model} {state}; expected the folder of a run or a .onnx file")
-    from pyft.export.run import OnnxModel
+    from pyft.preprocess import table_form
 
-    meta = OnnxModel(model).meta
+    config = read_config(model)
+    form = table_form(config["data"].get("columns"), read_preprocess(model))
+    return config["data"]["kind"], config["classes"], form
+
+
+def _describe_file(model: Any) -> tuple[str, list[str] | None, Any]:
+    from pyft.onnx_runtime.samples import form_of
+
+    meta = model.meta
     if meta.kind not in READERS:
-        raise ConfigError(f"{model} does not say what it takes, as files made by pyft do; use pyft.predict(..., task=)")
-    return meta.kind, meta.classes, meta.columns
+        raise ConfigError(
+            f"{model.path} does not say what it takes, as files made by pyft do; use pyft.predict(..., task=)"
+        )
+    return meta.kind, meta.classes, form_of(meta) if meta.kind == "array" else None
 
 
 def read_texts(words: Sequence[str], text_column: str | None) -> tuple[list[str], list[str]]:
@@ -60,7 +87,7 @@ def read_texts(words: Sequence[str], text_column: str | None) -> tuple[list[str]
         if word == "-":
             texts += _lines(sys.stdin.read(), "standard input")
         elif path.suffix.lower() in TABLES and _is_file(path):
-            texts += _table(path, "text", text_column, None)
+            texts += _read(path, "text", text_column, None)
         elif _is_file(path):
             texts += _lines(_decoded(path), str(path))
         elif path.suffix.lower() in (*TABLES, ".txt") and " " not in word:
@@ -89,23 +116,28 @@ def read_images(words: Sequence[str], text_column: str | None) -> tuple[list[str
     return [str(path) for path in paths], paths
 
 
-def read_arrays(words: Sequence[str], columns: Sequence[str] | None) -> tuple[list[str], Any]:
-    """Rows of .npy files and tables, one after the other, as one tensor (N, ...); of tables the features `columns`."""
-    import torch
+def read_arrays(words: Sequence[str], form: Any) -> tuple[list[str], Any]:
+    """Rows of .npy files and tables, one after the other: an array (N, ...), or `TableRows` where `form` says so."""
+    import numpy as np
+
+    from pyft.data.table_rows import TableRows
 
     names: list[str] = []
-    parts: list[torch.Tensor] = []
+    parts: list[Any] = []
     for word in words:
         path = Path(word)
         if not path.is_file():
             raise DataError(f"{word}: no such file; the model takes .npy arrays (N, ...) and tables of numbers")
-        rows = _table(path, "array", None, columns) if path.suffix.lower() in TABLES else _array(path)
-        parts.append(torch.as_tensor(rows))
+        is_table = path.suffix.lower() in TABLES
+        rows = _read(path if is_table else _array(path), "array", None, form)
+        parts.append(rows)
         names += [f"{word}:{number}" for number in range(len(rows))]
+    if all(isinstance(part, TableRows) for part in parts):
+        return names, TableRows.join(parts)
     shapes = sorted({tuple(part.shape[1:]) for part in parts})
     if len(shapes) > 1:
         raise DataError(f"the files hold samples of different shapes: {', '.join(map(str, shapes))}")
-    return names, torch.cat(parts)
+    return names, np.concatenate(parts)
 
 
 READERS: dict[str, Any] = {"text": read_texts, "image": read_images, "array": read_arrays}
@@ -133,10 +165,11 @@ def _lines(text: str, name: str) -> list[str]:
     return lines
 
 
-def _table(path: Path, kind: Any, text_column: str | None, columns: Sequence[str] | None) -> Any:
-    from pyft.data.sources import read_source
+def _read(source: Any, kind: Any, text_column: str | None, form: Any) -> Any:
+    from pyft.data.reading import in_form, read_arrays
 
-    return read_source(path, kind, text_column, None, labels_required=False, columns=columns).inputs
+    raw = read_arrays(source, kind, text_column, None, labels_required=False, columns=form)
+    return in_form(raw, form).inputs
 
 
 def _array(path: Path) -> Any:

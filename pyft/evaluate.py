@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import numpy as np
-import torch
-from torch import nn
-
-from pyft.data.batches import Batches
-from pyft.data.checks import check_samples
-from pyft.data.sources import load_data, load_samples, parse_task, read_source
-from pyft.errors import ConfigError, ExportError
+from pyft.data.raw import Raw
+from pyft.data.reading import is_dataset
+from pyft.errors import ConfigError, MissingExtraError
 from pyft.evaluation.metrics import Metrics
-from pyft.evaluation.predict import evaluate_batches, predict_logits
-from pyft.evaluation.scores import scores_from_logits
-from pyft.export.run import OnnxModel
-from pyft.job import to_device
-from pyft.models.call import call_model, probing
-from pyft.preprocess import preprocess_of
-from pyft.result import Result
-from pyft.run_dir import can_build, is_run, open_run
-from pyft.samples import Kind, Problem, Samples
+from pyft.export.run import CPU, OnnxModel
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pyft.result import Result
+
+    Model: TypeAlias = nn.Module | Result | str | os.PathLike[str]
 
 Backend = Literal["auto", "torch", "onnx"]
-Model = nn.Module | Result | str | os.PathLike[str]
 
 
 def evaluate(
@@ -43,6 +38,7 @@ def evaluate(
     text_column: str | None = None,
     label_column: str | None = None,
     backend: Backend = "auto",
+    provider: str = CPU,
 ) -> Metrics:
     """Accuracy, precision, recall, F1 per class and macro, and the confusion matrix; or RMSE, MAE and R2.
 
@@ -57,21 +53,27 @@ def evaluate(
         text_column, label_column: names of the columns of a table.
         backend: "torch", "onnx" (the exported file of a run), or "auto": torch where the model is there or can be
             built, else onnx.
+        provider: the onnxruntime execution provider of an ONNX file; another is never used in its place.
+
+    An ONNX file needs NumPy and onnxruntime, not torch, and gives an `Evaluation`: `Metrics` with the speed. See
+    `pyft.onnx_runtime`.
 
     Raises:
         DataError: the data cannot be used; a label that `classes` lacks is named.
         ConfigError: what the model does not keep (preprocess, classes, task) was not given, or does not fit.
         ExportError: the ONNX file is missing or damaged.
     """
-    subject = open_subject(model, task, preprocess, classes, backend)
-    if isinstance(data, Mapping):
-        raise ConfigError(f"data: expected one set, got a dict of {', '.join(map(str, data))}; give one of its values")
-    subject, samples = labelled(subject, data, text_column, label_column)
-    check_samples(samples, samples.name)
-    batches = Batches(samples, subject.preprocess, batch_size, shuffle=False)
-    with subject.quiet():
-        check_width(subject, samples, batches)
-        return evaluate_batches(subject.call, batches.epoch(0), subject.problem or "classification", subject.classes)
+    file = _opened(model, preprocess, backend, provider)
+    if file is None or _needs_torch(data, file):
+        torch_way = _torch_way()
+        subject = torch_way.open_subject(model, task, preprocess, classes, backend, provider)
+        return torch_way.evaluate_subject(subject, data, batch_size, text_column, label_column)
+    from pyft import onnx_runtime
+
+    return onnx_runtime.evaluate(
+        file, _read(data, file, text_column, label_column, True), task=task, preprocess=preprocess, classes=classes,
+        batch_size=batch_size, text_column=text_column, label_column=label_column,
+    )  # fmt: skip
 
 
 def predict(
@@ -84,12 +86,14 @@ def predict(
     batch_size: int = 64,
     text_column: str | None = None,
     backend: Backend = "auto",
+    provider: str = CPU,
 ) -> list[dict[str, Any]]:
     """Predictions for raw samples, in their order.
 
     Args:
-        raw: a text or a list of texts; a table; an image file, a folder of images, a list of paths or PIL images; an
-            array or tensor (N, ...). Labels are ignored.
+        raw: a text or a list of texts; a table, or a dict of its columns (a single value for each gives one row); an
+            image file, a folder of images, a list of paths or PIL images; an array or tensor (N, ...). Labels are
+            ignored.
         Others as for `evaluate`.
 
     Returns:
@@ -99,203 +103,82 @@ def predict(
     Raises:
         As `evaluate`.
     """
-    subject = open_subject(model, task, preprocess, classes, backend)
-    if isinstance(raw, (list, tuple)) and not raw:
-        return []
-    if _is_single_picture(raw):
-        raw = [raw]
-    kind = subject.kind or read_source(raw, None, text_column, None, labels_required=False).kind
-    known = subject.classes if subject.problem != "regression" else None
-    samples = load_samples(
-        raw, kind=kind, problem="classification", classes=known, text_column=text_column, labels="ignored",
-        columns=subject.columns,
+    file = _opened(model, preprocess, backend, provider)
+    if file is None or _needs_torch(raw, file):
+        torch_way = _torch_way()
+        subject = torch_way.open_subject(model, task, preprocess, classes, backend, provider)
+        return torch_way.predict_subject(subject, raw, batch_size, text_column)
+    from pyft import onnx_runtime
+
+    return onnx_runtime.predict(
+        file, _read(raw, file, text_column, None, False), task=task, preprocess=preprocess, classes=classes,
+        batch_size=batch_size, text_column=text_column,
     )  # fmt: skip
-    check_samples(samples, samples.name)
-    subject = replace(subject, kind=kind, preprocess=_checked_preprocess(subject, kind))
-    batches = Batches(samples, subject.preprocess, batch_size, shuffle=False)
-    with subject.quiet():
-        return rows_of(subject, predict_logits(subject.call, batches.epoch(0)), len(samples))
 
 
-def _is_single_picture(raw: Any) -> bool:
-    return hasattr(raw, "convert") and hasattr(raw, "mode")
+def _torch_way() -> ModuleType:
+    if importlib.util.find_spec("torch") is None:
+        raise MissingExtraError(
+            "a model that is not a .onnx file needs the package 'torch', which is not installed: pip install torch, or "
+            "give a .onnx file, for which onnxruntime is enough"
+        )
+    return importlib.import_module("pyft.subject")
 
 
-def rows_of(subject: Subject, predictions: Any, count: int) -> list[dict[str, Any]]:
-    """What `predict` returns, from logits in any order."""
-    rows: list[dict[str, Any]] = [{} for _ in range(count)]
-    problem = subject.problem or "classification"
-    for found in predictions:
-        scores = scores_from_logits(found.logits, problem)
-        names = subject.classes or [str(number) for number in range(scores.shape[-1] if scores.ndim > 1 else 1)]
-        for number, values in zip(found.index.tolist(), scores, strict=True):
-            rows[number] = _row(values, problem, names)
-    return rows
-
-
-def _row(values: Any, problem: str, names: Sequence[str]) -> dict[str, Any]:
-    if problem == "regression":
-        return {"value": float(values.item()) if values.size == 1 else values}
-    if len(values) != len(names):
-        raise ConfigError(f"classes: {len(names)} names, but the model gives {len(values)} outputs")
-    if problem == "multilabel":
-        return {"labels": [name for name, value in zip(names, values, strict=True) if value > 0.5], "scores": values}
-    best = int(np.argmax(values))
-    return {"label": names[best], "index": best, "score": float(values[best]), "scores": values}
-
-
-# ---------------------------------------------------------------- what is evaluated
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model in the form in which it is evaluated.
-
-    Attributes:
-        call: gives logits from `Batch.inputs`.
-        name: for messages.
-        kind, problem, classes, preprocess: None where the model does not keep them.
-        module: the module behind `call`, None for an ONNX file.
-        needs_preprocess: the model was made with a function that no file keeps.
-        columns: names of the table columns that the model takes, in its order; None where it was not tuned on a table.
-    """
-
-    call: Callable[[Any], Any]
-    name: str
-    kind: Kind | None
-    problem: Problem | None
-    classes: list[str] | None
-    preprocess: Any
-    module: nn.Module | None = None
-    needs_preprocess: bool = False
-    columns: tuple[str, ...] | None = None
-
-    @contextmanager
-    def quiet(self) -> Iterator[None]:
-        """Eval mode inside, and the module's own modes afterwards."""
-        with nullcontext() if self.module is None else probing(self.module):
-            yield
-
-
-def open_subject(model: Model, task: str, preprocess: Any, classes: Sequence[str] | None, backend: Backend) -> Subject:
-    """Whatever the user calls a model, with what he gave taking the place of what it keeps."""
+def _opened(model: Any, preprocess: Any, backend: Backend, provider: str) -> OnnxModel | None:
+    """The ONNX file that is run; None where torch runs, or where a function of the user's makes its inputs."""
     if backend not in ("auto", "torch", "onnx"):
         raise ConfigError(f"backend={backend!r}: expected 'auto', 'torch' or 'onnx'")
-    subject = _open(model, backend)
-    kind, problem = parse_task(task)
-    if isinstance(preprocess, Mapping):
-        preprocess = preprocess_of(preprocess)
-    return replace(
-        subject,
-        kind=kind or subject.kind,
-        problem=problem or subject.problem,
-        classes=list(classes) if classes is not None else subject.classes,
-        preprocess=preprocess if preprocess is not None else subject.preprocess,
-    )
+    path = _onnx_path(model, backend)
+    if path is None and provider != CPU:
+        raise ConfigError(f"provider={provider!r}: torch runs this model; give the .onnx file, or backend='onnx'")
+    own = preprocess if preprocess is not None else getattr(model, "preprocess", None)
+    is_function = own is not None and not isinstance(own, Mapping) and not callable(getattr(own, "spec", None))
+    return None if path is None or is_function else OnnxModel(path, provider=provider)
 
 
-def _open(model: Model, backend: Backend) -> Subject:
-    if isinstance(model, Result):
-        if backend != "onnx":
-            subject = _module_subject(
-                model.model, "the result", model.kind, model.problem, model.classes, model.preprocess
-            )
-            return replace(subject, columns=model.columns)
-        if model.onnx is None:
-            raise ConfigError("backend='onnx': the run was not exported; tune with export='onnx'")
-        return replace(_onnx_subject(model.onnx), preprocess=model.preprocess)
-    if isinstance(model, nn.Module):
-        if backend == "onnx":
-            raise ConfigError("backend='onnx': a module is run by torch; give the .onnx file")
-        return _module_subject(model, type(model).__name__, None, None, None, None)
-    if not isinstance(model, (str, os.PathLike)):
-        raise ConfigError(
-            f"model: expected a module, a Result, the folder of a run or a .onnx file, got {type(model).__name__}"
-        )
-    return _open_path(Path(model), backend)
-
-
-def _open_path(path: Path, backend: Backend) -> Subject:
+def _onnx_path(model: Any, backend: Backend) -> Path | None:
+    if hasattr(model, "run_dir") and hasattr(model, "onnx"):
+        return model.onnx if backend == "onnx" else None
+    if not isinstance(model, str | os.PathLike):
+        return None
+    path = Path(model)
     if path.suffix == ".onnx":
         if backend == "torch":
             raise ConfigError(f"backend='torch': {path} is run by onnxruntime; give the folder of the run")
-        return _onnx_subject(path)
-    if not is_run(path):
-        what = "is not the folder of a run" if path.exists() else "does not exist"
-        raise ConfigError(f"model: {path} {what}; expected a module, a Result, the folder of a run or a .onnx file")
+        return path
     exported = path / "model.onnx"
-    if backend == "onnx" or (backend == "auto" and not can_build(path) and exported.is_file()):
-        if not exported.is_file():
-            raise ExportError(f"backend='onnx': there is no {exported}; the run was not exported")
-        return _onnx_subject(exported)
-    run = open_run(path)
-    subject = _module_subject(run.module, str(path), run.kind, run.problem, run.classes, run.preprocess)
-    columns = run.config["data"].get("columns")
-    return replace(
-        subject, needs_preprocess=run.preprocess is None, columns=None if columns is None else tuple(columns)
-    )
+    if backend == "torch" or not exported.is_file():
+        return None
+    return exported if backend == "onnx" or not _torch_can_build(path) else None
 
 
-def _module_subject(
-    module: nn.Module, name: str, kind: Kind | None, problem: Problem | None, classes: list[str] | None, preprocess: Any
-) -> Subject:
-    device = next((value.device for value in [*module.parameters(), *module.buffers()]), torch.device("cpu"))
-    return Subject(
-        lambda inputs: call_model(module, to_device(inputs, device)), name, kind, problem, classes, preprocess, module
-    )
+def _torch_can_build(path: Path) -> bool:
+    """Whether torch is there and the model of the run can be built; what is no run is told by those who open it."""
+    if importlib.util.find_spec("torch") is None:
+        return False
+    from pyft.run_dir import can_build, is_run
+
+    return not is_run(path) or can_build(path)
 
 
-def _onnx_subject(path: Path) -> Subject:
-    opened = OnnxModel(path)
-    meta = opened.meta
-    kind, problem = parse_task(meta.task or "auto")
-    spec = meta.preprocess
-    return Subject(
-        opened,
-        str(path),
-        meta.kind or kind,  # type: ignore[arg-type]
-        problem,
-        meta.classes,
-        preprocess_of(spec),
-        needs_preprocess=spec is not None and spec.get("kind") == "callable",
-        columns=None if meta.columns is None else tuple(meta.columns),
-    )
+def _needs_torch(data: Any, file: OnnxModel) -> bool:
+    """A Dataset may give what no array holds; torch then makes the batches of a file that takes tensors."""
+    return file.meta.inputs_form == "tensor" and _is_torch_data(data)
 
 
-def labelled(subject: Subject, data: Any, text_column: str | None, label_column: str | None) -> tuple[Subject, Samples]:
-    """The labelled samples, and the subject with what the data had to tell: kind, problem, classes."""
-    if subject.kind is None or subject.problem is None or (subject.classes is None and subject.problem != "regression"):
-        words = [{"array": "tabular"}.get(subject.kind or "", subject.kind), subject.problem]
-        task = "-".join(word for word in words if word) or "auto"
-        found = load_data(data, task=task, val=0, text_column=text_column, label_column=label_column)
-        classes = subject.classes if subject.classes is not None else found.classes
-        subject = replace(subject, kind=found.kind, problem=found.problem, classes=classes)
-        if classes == found.classes:
-            return replace(subject, preprocess=_checked_preprocess(subject, found.kind)), found.train
-    assert subject.kind is not None
-    assert subject.problem is not None
-    samples = load_samples(
-        data, kind=subject.kind, problem=subject.problem, classes=subject.classes, text_column=text_column,
-        label_column=label_column, columns=subject.columns,
-    )  # fmt: skip
-    return replace(subject, preprocess=_checked_preprocess(subject, subject.kind)), samples
+def _is_torch_data(data: Any) -> bool:
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(data, torch.utils.data.DataLoader | torch.utils.data.IterableDataset):
+        return True
+    return not isinstance(data, list | Raw) and is_dataset(data)
 
 
-def _checked_preprocess(subject: Subject, kind: Kind) -> Any:
-    if subject.preprocess is None and (subject.needs_preprocess or kind != "array"):
-        why = "was made with a preprocess function, which no file keeps" if subject.needs_preprocess else "keeps none"
-        raise ConfigError(f"preprocess: {subject.name} {why}: give the function or object used in training")
-    return subject.preprocess
+def _read(data: Any, file: OnnxModel, text_column: str | None, label_column: str | None, labelled: bool) -> Any:
+    """The samples of a Dataset; other data as it came."""
+    if not _is_torch_data(data):
+        return data
+    from pyft.data.sources import read_source
 
-
-def check_width(subject: Subject, samples: Samples, batches: Batches) -> None:
-    """Labels and outputs must agree in number, which is told before the first metric."""
-    if subject.classes is None or subject.problem == "regression":
-        return
-    few = Batches(samples.subset([0]), subject.preprocess, 1, shuffle=False)
-    found = next(predict_logits(subject.call, few.epoch(0))).logits
-    if found.ndim != 2 or found.shape[1] != len(subject.classes):
-        raise ConfigError(
-            f"classes: {len(subject.classes)} names for outputs of shape {tuple(found.shape)}; give classes= with one "
-            "name per output, in the order of the outputs"
-        )
+    kind: Any = file.meta.kind or None
+    return read_source(data, kind, text_column, label_column, labels_required=labelled)

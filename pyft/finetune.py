@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect as python_inspect
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -15,36 +13,34 @@ import torch
 from torch import nn
 
 from pyft import run_dir
-from pyft.cached_features import Call, FeatureKeeper
+from pyft.cached_features import FeatureKeeper
 from pyft.core.loader import load_core_for
-from pyft.data.batches import Batches
+from pyft.core.memory import resident_memory
+from pyft.data.table_preprocess import TablePreprocess
 from pyft.describe import describe, describe_source, is_description, repeat_commands
-from pyft.errors import CheckpointError, ExportError, PyftError
-from pyft.evaluation.metrics import Metrics
+from pyft.errors import CheckpointError, PyftError
 from pyft.evaluation.pictures import can_draw, draw_run
-from pyft.evaluation.predict import evaluate_batches
-from pyft.export.onnx import export_onnx, run_metadata
-from pyft.export.parity import Parity, check_parity
 from pyft.freezing.plan import FreezePlan, make_plan
-from pyft.job import EVALUATION_BATCH, Job, autocast, given_back_on_error, inspect, model_fingerprint, to_device
+from pyft.job import Job, inspect, model_fingerprint
 from pyft.models.call import call_model
 from pyft.models.saved import load_state, save_model
-from pyft.plan import tell_prediction
+from pyft.plan import recalled, tell_prediction
 from pyft.preprocess import spec_of
-from pyft.result import MAIN_METRICS, Result
+from pyft.record import add_plans, write_cost, write_page
+from pyft.result import Result
 from pyft.run_dir import RunDir
 from pyft.stage_rows import freeze_for
 from pyft.training.checkpoint import load_checkpoint
 from pyft.training.history import History
 from pyft.training.layout import channels_last
 from pyft.training.loop import BatchSource, StageSetup, train
+from pyft.training.processes import refuse_several_processes
 from pyft.training.progress import Progress, make_progress
 from pyft.training.settings import describe as describe_settings
 from pyft.training.stages import Stage
+from pyft.tuned import evaluate_tuned, export_tuned, logits_to_keep, stage_evaluation, timed
+from pyft.untouched import given_back_on_error
 from pyft.version import __version__
-
-PARITY_SAMPLES = 1024
-"""The exported file is compared on at most this many samples: a difference in behaviour shows in far fewer."""
 
 
 def finetune(
@@ -72,6 +68,7 @@ def finetune(
     precision: str = "auto",
     loss: str | Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = "auto",
     label_smoothing: float = 0.0,
+    scale_targets: bool | Literal["auto"] = "auto",
     metric: str = "auto",
     patience: int | None = None,
     max_length: int | None = None,
@@ -109,8 +106,10 @@ def finetune(
             everything; or a list of `pyft.Stage`.
         freeze: what stays frozen, as `pyft.freeze` takes it; with {glob: pyft.Rows(...)} weights train in part, their
             rows chosen on the first training batches when a stage begins.
-        preprocess: a function of one raw sample (PIL image or array) that gives a Tensor, or an object with a `spec()`
-            such as `pyft.data.images.ImagePreprocess`. Only the latter is kept with the model.
+        preprocess: "table" or a `pyft.TablePreprocess`: numbers scaled and gaps filled, words one-hot, as tables with
+            words or gaps get it anyway; a function of one raw sample (PIL image, array or row) that gives a Tensor; or
+            an object with a `spec()` such as `pyft.data.images.ImagePreprocess`. All but functions are kept with the
+            model.
         epochs: passes over the training data, over all stages.
         lr: learning rate; "auto" chooses by model, stage and optimizer, and says so.
         batch_size: samples per batch. accumulate: batches per optimizer step.
@@ -120,6 +119,8 @@ def finetune(
         precision: "fp32", "bf16", or "auto": bf16 where this machine has it and it is found faster.
         loss: "auto", a name, or a function (logits, targets) that gives the mean.
         label_smoothing: in [0, 1).
+        scale_targets: for regression: train on (y - mean) / std of the training targets; predictions and metrics are
+            in their own unit. "auto": where the deviation is outside [0.1, 10] or the mean beyond 10.
         metric: picks the best epoch; "auto" is macro_f1, or rmse for regression.
         patience: epochs without improvement that end a stage.
         max_length: tokens per text.
@@ -142,14 +143,17 @@ def finetune(
 
     Raises:
         DataError: the data cannot be used.
-        ConfigError: an argument, or a combination, is not possible; or `out` holds another run.
+        ConfigError: an argument, or a combination, is not possible; `out` holds another run; or this is one of several
+            processes, as under torchrun.
         MissingExtraError: a package that is needed is not installed.
         CoreError: the compiled core cannot be used, and `PYFT_CORE=require`.
         CheckpointError: the disk is full, or a checkpoint is damaged. The last good one is kept.
         ExportError: the exported file does not behave like the model. The tuned model is already in the run folder.
     """
     arguments = dict(locals())
+    refuse_several_processes()
     seconds: dict[str, float] = {}
+    memory = resident_memory()
     unfinished = run_dir.look_at(out, resume)
     with timed(seconds, "load"):
         job = inspect(arguments)
@@ -164,12 +168,14 @@ def finetune(
         for line in [*job.notes, *plan_lines(job), f"run: {run.path}{', continued' * bool(unfinished)}"]:
             show.note(line)
         history, plan = train_stages(job, run, show, resumed=unfinished is not None)
-        result = evaluate_tuned(job, run, history, plan)
+        kept = logits_to_keep(job) if export is not None else None
+        result = evaluate_tuned(job, run, history, plan, kept)
         if export is not None:
-            export_tuned(job, run, result, show)
+            export_tuned(job, run, result, show, kept)
         if (predicted := tell_prediction(config, run.seconds)) is not None:
             result.notes = (*result.notes, predicted)
             show.note(predicted)
+        write_cost(run, history, recalled(config), memory, job.device)
         finish(run, result)
         show.note("seconds: " + ", ".join(f"{part} {spent:.1f}" for part, spent in run.seconds.items()))
         return result
@@ -213,6 +219,8 @@ def make_config(job: Job) -> dict[str, Any]:
     arguments = {name: describe(value) for name, value in job.arguments.items()}
     for name in ("model", "data"):
         arguments[name] = describe_source(job.arguments[name])
+    if isinstance(job.arguments["preprocess"], TablePreprocess):
+        arguments["preprocess"] = job.arguments["preprocess"].spec()
     return {
         "pyft": __version__,
         "task": job.task,
@@ -259,6 +267,7 @@ def start(job: Job, config: dict[str, Any], unfinished: Path | None) -> RunDir:
         # What a timing decided then must not be decided otherwise now.
         job.forward_precision = stored["forward_precision"]
         job.channels_last = stored.get("channels_last", False)
+        job.set_target_scale(run_dir.read_target_scale(unfinished))
         return run
     run = run_dir.create(job.arguments["out"], job.task)
     try:
@@ -267,6 +276,8 @@ def start(job: Job, config: dict[str, Any], unfinished: Path | None) -> RunDir:
         run.write("plan.txt", "\n".join(plan_lines(job)) + "\n")
         run.write("notes.txt", "".join(f"{note}\n" for note in job.notes))
         run.write("preprocess.json", spec_of(job.preprocess))
+        if job.target_scale is not None:
+            run.write("target_scale.json", job.target_scale.to_dict())
         if job.loaded.source is None:
             save_model(run / "start.safetensors", job.model)
         run.set_state("started")
@@ -315,6 +326,7 @@ def train_stages(job: Job, run: RunDir, show: Progress, *, resumed: bool) -> tup
         keeper.close()
         for plan in plans.values():
             plan.release(job.model)
+    add_plans(history, plans)
     kept = job.stages[-1] if history.best_row is None else named_stage(job, history.best_row["stage"])
     run.seconds["train"] = sum(stage["seconds"]["train"] for stage in history.stages)
     run.seconds["validate"] = sum(stage["seconds"]["evaluate"] for stage in history.stages)
@@ -332,27 +344,6 @@ def nothing_trained(run: RunDir) -> bool:
     return not last.exists() or load_checkpoint(last)["position"]["step"] == 0
 
 
-def stage_evaluation(job: Job, call: Call, batches: BatchSource) -> Callable[[], dict[str, float]]:
-    """What the loop calls after each epoch."""
-
-    def evaluate() -> dict[str, float]:
-        with autocast(job.device, job.forward_precision):
-            values = score(job, call, batches).values
-        return {name: value for name, value in values.items() if name in (*MAIN_METRICS, job.settings.metric)}
-
-    return evaluate
-
-
-def score(job: Job, call: Call, batches: BatchSource) -> Metrics:
-    """Metrics of the model as it is."""
-    return evaluate_batches(
-        lambda inputs: call(job.model, to_device(inputs, job.device)),
-        batches.epoch(0),
-        job.data.problem,
-        job.data.classes,
-    )
-
-
 def resume_hint(job: Job, run: RunDir) -> str:
     """How the user continues the run."""
     given = [describe_source(job.arguments[name]) for name in ("model", "data")]
@@ -361,96 +352,7 @@ def resume_hint(job: Job, run: RunDir) -> str:
     return f"pyft resume {run.path}"
 
 
-# ---------------------------------------------------------------- evaluate and export
-
-
-def evaluate_tuned(job: Job, run: RunDir, history: History, plan: FreezePlan) -> Result:
-    """Final metrics in fp32, the precision of the exported file; weights and metrics are on disk afterwards."""
-    data = job.data
-    job.model.eval()
-    with timed(run.seconds, "evaluate"):
-        save_model(run / "model.safetensors", job.model)
-        found = {
-            role: score(job, call_model, Batches(samples, job.preprocess, EVALUATION_BATCH, shuffle=False))
-            for role, samples in {"val": data.val, "test": data.test}.items()
-            if samples is not None
-        }
-    metrics = {f"{role}_{name}": value for role, scores in found.items() for name, value in scores.values.items()}
-    detail = found.get("test", found.get("val"))
-    run.write(
-        "metrics.json",
-        {"metric": history.metric, "best_epoch": history.best_epoch, **{r: s.to_dict() for r, s in found.items()}},
-    )
-    run.set_state("tuned")
-    return Result(
-        model=job.model,
-        metrics=metrics,
-        history=history.rows,
-        per_class=[] if detail is None else detail.per_class,
-        confusion=None if detail is None else detail.confusion,
-        classes=data.classes,
-        kind=data.kind,
-        problem=data.problem,
-        plan=plan,
-        run_dir=run.path,
-        seconds=run.seconds,
-        notes=(*job.notes, *history.notes),
-        preprocess=job.preprocess,
-        data_source=held_out_source(job),
-        columns=data.train.columns,
-    )
-
-
-def held_out_source(job: Job) -> str | None:
-    """Where the samples are that the model was not trained on, if they are in a file or folder of their own."""
-    given = job.arguments["data"]
-    if isinstance(given, dict):
-        named = given.get("test", given.get("val"))
-        return str(named) if isinstance(named, (str, Path)) else None
-    if job.data.source is None or not Path(job.data.source).is_dir():
-        return job.data.source
-    places = [Path(job.data.source, role + suffix) for role in ("test", "val") for suffix in ("", ".tsv", ".csv")]
-    return str(next((place for place in places if place.exists()), job.data.source))
-
-
-def export_tuned(job: Job, run: RunDir, result: Result, show: Progress) -> None:
-    """Write model.onnx and compare it with the model on held-out samples.
-
-    Raises:
-        ExportError: with the place of the tuned weights, which are safe.
-    """
-    path = run / "model.onnx"
-    spec = spec_of(job.preprocess)
-    job.model.cpu()
-    try:
-        with timed(run.seconds, "export"):
-            export_onnx(
-                job.model, job.example.inputs, path, classes=job.data.classes, task=job.task, kind=job.data.kind,
-                preprocess=spec, metadata=run_metadata(run.path.name, job.data.train.columns),
-            )  # fmt: skip
-        with timed(run.seconds, "parity"):
-            parity = compare(job, path, run / "parity.json")
-    except PyftError as error:
-        raise ExportError(
-            f"{error}. The tuned model and its metrics are safe: {run / 'model.safetensors'}, {run / 'metrics.json'}; "
-            "tune with export=None to do without the ONNX file"
-        ) from error
-    finally:
-        job.model.to(job.device)
-    show.note(f"onnx: {parity}")
-    result.onnx, result.parity = path, parity.to_dict()
-
-
-def compare(job: Job, path: Path, report: Path) -> Parity:
-    """The exported file against the model on validation samples, or on training samples where there are none."""
-    samples = job.data.val if job.data.val is not None else job.data.train
-    if len(samples) > PARITY_SAMPLES:
-        samples = samples.subset(torch.linspace(0, len(samples) - 1, PARITY_SAMPLES).long())
-    batches = Batches(samples, job.preprocess, EVALUATION_BATCH, shuffle=False)
-    return check_parity(
-        lambda inputs: call_model(job.model, inputs), path, batches.epoch(0),
-        problem=job.data.problem, classes=job.data.classes, report=report,
-    )  # fmt: skip
+# ---------------------------------------------------------------- finish
 
 
 def finish(run: RunDir, result: Result) -> None:
@@ -460,14 +362,5 @@ def finish(run: RunDir, result: Result) -> None:
         draw_run(run.path, result.history, result.confusion, result.classes)
     run.write("timings.json", {part: round(spent, 3) for part, spent in run.seconds.items()})
     (run / "start.safetensors").unlink(missing_ok=True)
+    write_page(run)
     run.set_state("finished")
-
-
-@contextlib.contextmanager
-def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
-    """Add the time spent inside to `seconds[part]`."""
-    begin = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - begin

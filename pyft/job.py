@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -20,17 +21,19 @@ from pyft.evaluation.predict import evaluate_batches
 from pyft.freezing.norms import batch_norm_note
 from pyft.freezing.plan import FreezePlan, make_plan
 from pyft.models.call import call_model, check_outputs, probing
-from pyft.models.head import WIDTH_ATTRIBUTES, HeadReport, fit_head
+from pyft.models.head import HeadReport, fit_head
 from pyft.models.init import INIT, init_linear
 from pyft.models.load import LoadedModel, load_model
-from pyft.preprocess import choose_preprocess
+from pyft.preprocess import choose_preprocess, features_hint, table_notes, wanted_form
 from pyft.run_dir import fingerprint_state, is_run, open_run
 from pyft.samples import Batch, Data, Kind
+from pyft.target_scale import TargetScale, check_scale_targets, choose_scale
 from pyft.training.layout import channels_last, choose_layout, convolution_weights
 from pyft.training.objectives import Objective, class_weights, make_loss
 from pyft.training.precision import bf16_hardware, choose_precision
 from pyft.training.settings import Settings, resolve
 from pyft.training.stages import Stage, make_stages
+from pyft.untouched import Untouched, given_back_on_error
 
 # Where data of a kind is looked at before training: enough rows to see shapes, few enough to cost nothing.
 EXAMPLE_SIZE = 4
@@ -40,6 +43,8 @@ WORTH_A_PROBE = 500
 WORTH_A_TRIAL = 2000
 """Samples, over all epochs, from which on it pays to find out which memory layout runs them faster."""
 TRIAL_BATCH = 8
+SCALE_PROBE = 64
+"""Samples that show whether a model gives values in the unit of the targets already."""
 EVALUATION_BATCH = 64
 
 
@@ -60,6 +65,7 @@ class Job:
         example: a few samples of the training data, on the CPU.
         before: the model as it came.
         forward_precision: "fp32" or "bf16", of passes without gradient during training.
+        target_scale: the unit of the model's outputs; None: that of the targets.
         channels_last: whether convolutions are trained with their channels last in memory.
         notes: lines for the user.
     """
@@ -82,6 +88,7 @@ class Job:
     before: Untouched
     forward_precision: str = "fp32"
     channels_last: bool = False
+    target_scale: TargetScale | None = None
     plans: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -89,6 +96,14 @@ class Job:
     def task(self) -> str:
         """Kind and problem in the words of the `task` keyword."""
         return f"{'tabular' if self.data.kind == 'array' else self.data.kind}-{self.data.problem}"
+
+    def set_target_scale(self, scale: TargetScale | None) -> None:
+        """Train on targets in this unit."""
+        self.target_scale = self.objective.target_scale = scale
+
+    def in_own_unit(self, outputs: Any) -> Any:
+        """The model's outputs, Tensor or array, in the unit of the targets."""
+        return outputs if self.target_scale is None else self.target_scale.unscale(outputs)
 
 
 def inspect(arguments: Mapping[str, Any]) -> Job:
@@ -103,6 +118,7 @@ def inspect(arguments: Mapping[str, Any]) -> Job:
     device = choose_device(arguments["device"])
     check_export(arguments["export"])
     check_cache(arguments["cache_features"], arguments["augment_views"])
+    check_scale_targets(arguments["scale_targets"])
     data = load_data(
         arguments["data"],
         task=arguments["task"],
@@ -111,6 +127,7 @@ def inspect(arguments: Mapping[str, Any]) -> Job:
         seed=arguments["seed"],
         text_column=arguments["text_column"],
         label_column=arguments["label_column"],
+        form=wanted_form(arguments["preprocess"], arguments["model"]),
     )
     settings = resolve(_settings(arguments), data.problem, data.kind)
     check_patience(settings, data)
@@ -124,17 +141,20 @@ def inspect(arguments: Mapping[str, Any]) -> Job:
     with given_back_on_error(before):
         loaded.module.to(device)
         preprocess, note = choose_preprocess(
-            arguments["preprocess"], loaded, data.kind, arguments["max_length"], earlier
+            arguments["preprocess"], loaded, data.kind, arguments["max_length"], earlier, data.train
         )
-        notes += [note] if note else []
+        notes += [*([note] if note else []), *table_notes(preprocess, data)]
         batches, val_batches = make_batches(data, preprocess, arguments, settings.seed)
         example = first_batch(data, preprocess)
         head = prepare_head(
-            loaded, arguments["head"], num_outputs, example, device, settings.seed, earlier, data.classes
-        )
+            loaded, arguments["head"], num_outputs, example, device, settings.seed, earlier, data.classes,
+            features_hint(preprocess),
+        )  # fmt: skip
         notes.append(head.message)
         logits = try_forward(loaded.module, example, device)
         check_outputs(logits, data.problem, num_outputs, example)
+        scale, note = target_scale(arguments["scale_targets"], data, loaded.module, batches, device, head, earlier)
+        notes += [note] if note else []
         check_example_loss(objective, logits, example, device)
         check_metric(settings, data, logits, example)
         make_plan(
@@ -151,12 +171,14 @@ def inspect(arguments: Mapping[str, Any]) -> Job:
         with channels_last(loaded.module, last):
             precision, note = choose_forward_precision(loaded.module, data, preprocess, settings, stages, device)
         notes += [note] if note else []
-    return Job(
+    job = Job(
         arguments=arguments, data=data, model=loaded.module, loaded=loaded, spec=architecture(loaded.module),
         preprocess=preprocess, head=head, settings=settings, objective=objective, stages=stages,
         num_outputs=num_outputs, device=device, batches=batches, val_batches=val_batches,
         example=example, forward_precision=precision, channels_last=last, plans=printed, notes=notes, before=before,
     )  # fmt: skip
+    job.set_target_scale(scale)
+    return job
 
 
 def _settings(arguments: Mapping[str, Any]) -> Settings:
@@ -261,8 +283,8 @@ def first_batch(data: Data, preprocess: Any, size: int = EXAMPLE_SIZE) -> Batch:
     return next(iter(Batches(few, preprocess, size, shuffle=False, bucket=False).epoch(0)))
 
 
-def try_forward(model: nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
-    """The logits of one batch, no trace left in the model.
+def try_forward(model: nn.Module, batch: Batch, device: torch.device, hint: str = "") -> torch.Tensor:
+    """The logits of one batch, no trace left in the model. `hint` says more of the inputs where the model fails.
 
     Raises:
         ConfigError: the model fails on it, or gives NaN or inf.
@@ -276,7 +298,7 @@ def try_forward(model: nn.Module, batch: Batch, device: torch.device) -> torch.T
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
             f"model: {type(model).__name__} fails on a batch of the data, {describe_inputs(batch.inputs)}: {reason}. "
-            "Give a model for such inputs, or preprocess= to make others"
+            f"Give a model for such inputs, or preprocess= to make others.{hint}"
         ) from error
     if not torch.isfinite(logits).all():
         raise ConfigError(
@@ -313,9 +335,10 @@ def prepare_head(
     seed: int,
     earlier: Any,
     classes: list[str] | None,
+    hint: str = "",
 ) -> HeadReport:
     """Fit the head; draw it anew where it was trained for other classes."""
-    try_forward(loaded.module, example, device)
+    try_forward(loaded.module, example, device, hint)
     if head is None:
         return HeadReport(None, None, None, "", False, "head=None: the model's own outputs are used")
     inputs = to_device(example.inputs, device)
@@ -331,6 +354,21 @@ def prepare_head(
     why = "new" if earlier is None else "drawn anew, the earlier run had other classes"
     message = f"head '{report.name}' is {why}: weight {report.new_shape}, {INIT}"
     return HeadReport(report.name, report.old_shape, report.new_shape, INIT, True, message)
+
+
+def target_scale(
+    wanted: Any, data: Data, model: nn.Module, batches: Batches, device: torch.device, head: HeadReport, earlier: Any
+) -> tuple[TargetScale | None, str | None]:
+    """The unit in which a regression model is to give its outputs, and a note; see `choose_scale`."""
+    if data.problem != "regression":
+        return None, None
+    assert data.train.targets is not None
+    few = batches.make([np.arange(min(SCALE_PROBE, len(data.train)))], 0)
+    return choose_scale(
+        wanted, data.train.targets, lambda: try_forward(model, next(few), device).float().cpu(),
+        earlier=None if earlier is None else earlier.target_scale,
+        continues=earlier is not None and earlier.problem == "regression" and not head.replaced,
+    )  # fmt: skip
 
 
 def check_example_loss(objective: Objective, logits: torch.Tensor, example: Batch, device: torch.device) -> None:
@@ -371,43 +409,6 @@ def try_plans(model: nn.Module, stages: list[Stage]) -> dict[str, FreezePlan]:
             )
         plans[stage.name] = plan
     return plans
-
-
-class Untouched:
-    """A module as it came: its submodules, modes, requires_grad flags, widths and device; `put_back` restores them."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.children = {module: dict(module._modules) for module in model.modules()}
-        self.modes = {module: module.training for module in model.modules()}
-        self.flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        self.widths = {name: model.__dict__[name] for name in WIDTH_ATTRIBUTES if name in model.__dict__}
-        self.num_labels = getattr(getattr(model, "config", None), "num_labels", None)
-        self.devices = {parameter.device for parameter in model.parameters()}
-
-    def put_back(self) -> None:
-        """Undo what `inspect` did to the module."""
-        for module, had in self.children.items():
-            module._modules.update(had)
-        for module, mode in self.modes.items():
-            module.training = mode
-        for parameter, flag in self.flags:
-            parameter.requires_grad_(flag)
-        self.model.__dict__.update(self.widths)
-        if self.num_labels is not None:
-            self.model.config.num_labels = self.num_labels  # type: ignore[union-attr]
-        if len(self.devices) == 1:
-            self.model.to(next(iter(self.devices)))
-
-
-@contextlib.contextmanager
-def given_back_on_error(before: Untouched) -> Iterator[None]:
-    """On an exception inside, the module is put back as it came."""
-    try:
-        yield
-    except BaseException:
-        before.put_back()
-        raise
 
 
 def model_fingerprint(job: Job) -> str:

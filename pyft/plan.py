@@ -23,7 +23,7 @@ from pyft.core.loader import load_core
 from pyft.core.memory import free_memory
 from pyft.errors import ConfigError
 from pyft.freezing.no_trace import no_trace
-from pyft.job import Job, autocast, given_back_on_error, inspect, to_device
+from pyft.job import Job, autocast, inspect, to_device
 from pyft.models.call import call_model
 from pyft.run_dir import FREE_ARGUMENTS
 from pyft.samples import Batch
@@ -33,6 +33,7 @@ from pyft.training.optimizers import build_optimizer
 from pyft.training.progress import SilentProgress, duration
 from pyft.training.settings import stage_lr
 from pyft.training.stages import Stage
+from pyft.untouched import given_back_on_error
 
 TIMED_BATCHES = 4
 """Batches of each sort that are timed, spread over an epoch: texts have many lengths."""
@@ -136,20 +137,23 @@ def plan(model: nn.Module | str | Path, data: Any, **arguments: Any) -> Cost:
     return cost
 
 
-def recalled(config: Mapping[str, Any]) -> float | None:
-    """The seconds that `plan` has told for a run of this configuration on this machine; None if it was not asked."""
+def recalled(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What `plan` has told for a run of this configuration on this machine, {"seconds", "stages": one dict of
+    `StageCost` each}; None if it was not asked."""
     try:
-        value = json.loads(_place(config).read_text(encoding="utf-8"))["seconds"]
+        found = json.loads(_place(config).read_text(encoding="utf-8"))
+        found["seconds"] = float(found["seconds"])
     except (OSError, ValueError, KeyError, TypeError, ConfigError):
         return None
-    return float(value)
+    return found
 
 
 def tell_prediction(config: Mapping[str, Any], seconds: dict[str, float]) -> str | None:
     """How right `plan` was, if it was asked about this run; what it said is added to the `seconds` of the run."""
-    predicted = recalled(config)
-    if predicted is None:
+    told = recalled(config)
+    if told is None:
         return None
+    predicted = told["seconds"]
     took = sum(seconds.get(part, 0.0) for part in ("features", "train", "validate"))
     seconds["predicted"] = predicted
     return f"pyft.plan said {predicted:.1f} s for features, training and validation; it took {took:.1f} s"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,9 @@ from pyft.samples import Kind, Problem
 
 if TYPE_CHECKING:
     from pyft.evaluation.metrics import Metrics
+    from pyft.explain.explanation import Explanation
     from pyft.freezing.plan import FreezePlan
+    from pyft.target_scale import TargetScale
 
 MAIN_METRICS = ("accuracy", "macro_f1", "exact_match", "micro_f1", "rmse", "mae", "r2", "loss")
 """What is shown of the metrics after each epoch and in the short table."""
@@ -25,7 +28,8 @@ class Result:
     """A tuned model and everything that was learned about it. Printing it gives a short table and the next commands.
 
     Attributes:
-        model: the tuned module, in eval mode; the same object that was given to `finetune`, tuned in place.
+        model: the tuned module, in eval mode; the same object that was given to `finetune`, tuned in place. Where there
+            is a `target_scale`, it gives (y - mean) / std; `target_scale.unscale(model(x))` is y.
         metrics: final values: "val_accuracy", "val_macro_f1", "val_loss", ..., and "test_..." given a test set.
         history: one dict per epoch: stage, epoch, step, lr, train_loss, val_..., seconds.
         per_class: precision, recall, f1, support of each class, on the test set if given, else on validation data.
@@ -38,6 +42,9 @@ class Result:
         seconds: time spent per part of the story.
         notes: what was said about the data and the model.
         columns: names of the table columns that the model takes, in its order; None for other data.
+        label_column: name of the table's label column, where it was given.
+        target_scale: mean and std of the training targets, by which a regression was scaled; None: it was not. Metrics,
+            `history`, `predict` and `evaluate` are in the targets' own unit.
     """
 
     model: nn.Module
@@ -57,6 +64,8 @@ class Result:
     preprocess: Any = None
     data_source: str | None = None
     columns: tuple[str, ...] | None = None
+    target_scale: TargetScale | None = None
+    label_column: str | None = None
 
     def predict(self, raw: Any, *, batch_size: int = 64) -> list[dict[str, Any]]:
         """Predictions for raw samples, as `pyft.predict` gives them."""
@@ -72,6 +81,26 @@ class Result:
 
         return evaluate(self, data, backend=backend, batch_size=batch_size, **columns)
 
+    def export_onnx(self, path: str | os.PathLike[str], **words: Any) -> Path:
+        """The model as an ONNX file at `path`, proven on the run's validation data; words as of `pyft.export_onnx`."""
+        from pyft.export_model import export_onnx
+
+        return export_onnx(self, path, **words)
+
+    def report(self, path: str | os.PathLike[str] | None = None, *, explain: bool = False, data: Any = None) -> Path:
+        """Write the report of the run as one HTML page, as `pyft.report` does."""
+        from pyft.run_report import report
+
+        return report(self, path, explain=explain, data=data)
+
+    def explain(
+        self, x: Any, method: str = "integrated_gradients", target: str | int | None = None, **more: Any
+    ) -> Explanation:
+        """What the prediction for one sample rests on, as `pyft.explain` says."""
+        from pyft.run_explain import explain
+
+        return explain(self, x, method, target, **more)
+
     def next_commands(self) -> list[str]:
         """Commands that use what the run has left behind: for the shell, or Python where a function has to be given."""
         where = self.onnx if self.onnx is not None else self.run_dir
@@ -84,7 +113,8 @@ class Result:
             return [f"pyft.evaluate({str(where)!r}, data)", f"pyft.predict({str(where)!r}, {sample})"]
         target, data = shlex.quote(str(where)), shlex.quote(self.data_source)
         sample = {"text": "'a text'", "image": "picture.jpg", "array": data}[self.kind]
-        commands = [f"pyft eval {target} {data}", f"pyft predict {target} {sample}"]
+        label = "" if self.label_column is None else f" --label-column {shlex.quote(self.label_column)}"
+        commands = [f"pyft eval {target} {data}{label}", f"pyft predict {target} {sample}"]
         if self.onnx is None:
             commands.append(f"pyft export {shlex.quote(str(self.run_dir))}")
         return commands
@@ -95,6 +125,7 @@ class Result:
         if self.parity is not None:
             rows.append(("parity", self.parity_line()))
         rows += [("run", str(self.run_dir)), ("onnx", str(self.onnx) if self.onnx else "not exported")]
+        rows.append(("report", str(self.run_dir / "report.html")))
         width = max(len(name) for name, _ in rows)
         lines = [f"{name:<{width}}  {value}" for name, value in rows if value]
         commands = self.next_commands()

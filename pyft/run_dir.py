@@ -12,8 +12,12 @@ best.safetensors   trained weights of the best epoch
 model.safetensors  all weights of the tuned model
 metrics.json       final metrics, per class, confusion matrix
 preprocess.json    how raw input becomes tensors
+target_scale.json  mean and std of the training targets, where the model gives (y - mean) / std
 model.onnx         the exported model; parity.json its comparison with PyTorch
-timings.json       seconds per stage of the story
+timings.json       seconds per part of the story
+held_out.json      calibration, and the held-out samples that the model is worst on
+cost.json          time and memory of each stage, and what `pyft.plan` had said
+report.html        all of this to be read
 """
 
 from __future__ import annotations
@@ -39,6 +43,7 @@ from pyft.describe import is_description
 from pyft.describe import repeat_commands as repeat_commands
 from pyft.errors import CheckpointError, ConfigError
 from pyft.samples import Kind, Problem
+from pyft.target_scale import TargetScale
 from pyft.version import __version__
 
 # Arguments that may differ between a run and its continuation: they do not move a weight.
@@ -46,6 +51,7 @@ FREE_ARGUMENTS = ("out", "resume", "progress", "export")
 # What a run writes before its first step; a folder that holds nothing else was left by a run that never began.
 START_FILES = (
     ".lock", "config.json", "environment.json", "notes.txt", "plan.txt", "preprocess.json", "start.safetensors",
+    "target_scale.json",
 )  # fmt: skip
 
 
@@ -358,6 +364,7 @@ class OpenRun:
         preprocess: turns a raw sample into tensors; None where it was a function of the user's, which no file keeps.
         classes, problem, kind: as in `Data`.
         config: config.json.
+        target_scale: the unit of a regression model's outputs; None: that of the targets.
     """
 
     path: Path
@@ -367,6 +374,7 @@ class OpenRun:
     problem: Problem
     kind: Kind
     config: dict[str, Any]
+    target_scale: TargetScale | None = None
 
 
 def open_run(path: str | os.PathLike[str], model: torch.nn.Module | None = None) -> OpenRun:
@@ -382,7 +390,6 @@ def open_run(path: str | os.PathLike[str], model: torch.nn.Module | None = None)
         CheckpointError: the weights are not there yet, damaged, or of another architecture.
     """
     from pyft.models.saved import load_state
-    from pyft.preprocess import preprocess_of
 
     folder = Path(path)
     config = read_config(folder)
@@ -391,8 +398,36 @@ def open_run(path: str | os.PathLike[str], model: torch.nn.Module | None = None)
     module = model if model is not None else _build(config, folder)
     load_state(folder / "model.safetensors", module)
     kind, problem = config["data"]["kind"], config["data"]["problem"]
-    preprocess = preprocess_of(_read_json(folder / "preprocess.json"))
-    return OpenRun(folder, module.eval(), preprocess, config["classes"], problem, kind, config)
+    preprocess, scale = read_preprocess(folder), read_target_scale(folder)
+    return OpenRun(folder, module.eval(), preprocess, config["classes"], problem, kind, config, scale)
+
+
+def read_preprocess(path: str | os.PathLike[str]) -> Any:
+    """The preprocessing of the run in `path`; None where it was a function of the user's."""
+    from pyft.preprocess import preprocess_of
+
+    return preprocess_of(_read_json(Path(path) / "preprocess.json"))
+
+
+def read_target_scale(path: str | os.PathLike[str]) -> TargetScale | None:
+    """target_scale.json of the run in `path`; None where its targets were not scaled.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    file = Path(path) / "target_scale.json"
+    return TargetScale.from_dict(_read_json(file)) if file.is_file() else None
+
+
+def read_metrics(path: str | os.PathLike[str]) -> dict[str, float]:
+    """The final metrics of the run in `path` as `Result.metrics` has them; NaN where one was not finite."""
+    written = _read_json(Path(path) / "metrics.json")
+    return {
+        f"{role}_{name}": float("nan") if value is None else float(value)
+        for role, found in written.items()
+        if isinstance(found, dict)
+        for name, value in found["values"].items()
+    }
 
 
 def can_build(path: str | os.PathLike[str]) -> bool:

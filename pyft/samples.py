@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Kind = Literal["text", "image", "array"]
 Problem = Literal["classification", "multilabel", "regression"]
@@ -18,7 +19,7 @@ class Samples:
 
     Attributes:
         kind: what `inputs` holds: "text" (list of str), "image" (list of Path or PIL image),
-            "array" (Tensor of shape (N, ...), or an indexable Dataset giving Tensors).
+            "array" (Tensor of shape (N, ...), `TableRows`, or an indexable Dataset giving Tensors).
         inputs: N raw samples, indexable by int.
         targets: (N,) int64 class index; (N,) or (N, K) float32 for regression; (N, C) float32 of 0 and 1
             for multilabel; None where there are no labels (prediction).
@@ -37,11 +38,15 @@ class Samples:
 
     def subset(self, index: Sequence[int] | torch.Tensor) -> Samples:
         """The samples of the given numbers, in that order."""
+        import torch
+
         numbers = torch.as_tensor(index, dtype=torch.int64)
         if isinstance(self.inputs, torch.Tensor):
             inputs: Any = self.inputs[numbers]
         elif isinstance(self.inputs, list):
             inputs = [self.inputs[i] for i in numbers.tolist()]
+        elif hasattr(self.inputs, "take"):
+            inputs = self.inputs.take(numbers.numpy())
         else:
             inputs = torch.utils.data.Subset(self.inputs, numbers.tolist())  # type: ignore[arg-type]
         return replace(self, inputs=inputs, targets=None if self.targets is None else self.targets[numbers])
@@ -82,6 +87,3 @@ class Batch:
     inputs: torch.Tensor | dict[str, torch.Tensor]
     targets: torch.Tensor | None
     index: torch.Tensor
-
-
-ImageTransform = Callable[[Any], torch.Tensor]

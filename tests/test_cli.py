@@ -19,7 +19,10 @@ from pyft.cli import main
 from pyft.errors import ConfigError
 
 DATA = Path(__file__).resolve().parents[1] / "pyft" / "quickstart_data"
-COMMANDS = ("train", "plan", "eval", "export", "predict", "resume", "doctor", "quickstart")
+COMMANDS = (
+    *("train", "plan", "eval", "compare", "export", "predict", "report", "explain", "resume", "doctor"),
+    "quickstart",
+)
 
 
 # ---------------------------------------------------------------- words and help
@@ -61,7 +64,7 @@ def test_options_are_the_keywords_of_finetune() -> None:
     from pyft.finetune import finetune
 
     parameters = dict(inspect.signature(finetune).parameters)
-    for name in ("model", "data", "preprocess"):
+    for name in ("model", "data"):
         del parameters[name]
     assert {option.name: option.default for option in cli_arguments.options()} == {
         name: parameter.default for name, parameter in parameters.items()

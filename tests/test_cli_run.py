@@ -239,7 +239,7 @@ def test_predict_takes_images_and_folders(capsys: pytest.CaptureFixture[str], tm
 
     preprocess = ImagePreprocess(8)
     onnx = export_onnx(
-        Brightness(), torch.rand(2, 3, 8, 8), tmp_path / "bright.onnx", classes=["bright", "dark"],
+        Brightness(), tmp_path / "bright.onnx", example=torch.rand(2, 3, 8, 8), classes=["bright", "dark"],
         task="image-classification", preprocess=preprocess.spec(),
     )  # fmt: skip
     folder = tmp_path / "pictures" / "inner"

@@ -218,7 +218,7 @@ def test_a_failed_export_loses_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     def fail(*arguments: object, **keywords: object) -> None:
         raise ExportError("the operator is not known")
 
-    monkeypatch.setattr(story, "export_onnx", fail)
+    monkeypatch.setattr(story, "write_onnx", fail)
     with pytest.raises(ExportError, match=r"the operator is not known.*model\.safetensors"):
         job()["run"](out, export="onnx")
     assert (out / "model.safetensors").is_file()

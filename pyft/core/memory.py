@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,22 @@ def free_device_memory(device: torch.device) -> int:
 
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def resident_memory() -> int | None:
+    """Bytes of memory that this process holds now; None where the system does not say."""
+    held = [int(line.split()[1]) * 1024 for line in _lines("/proc/self/status") if line.startswith("VmRSS:")]
+    return held[0] if held else None
+
+
+def peak_memory() -> int | None:
+    """The most bytes that this process has held since it began; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def _lines(path: str) -> list[str]:

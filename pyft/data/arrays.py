@@ -1,4 +1,4 @@
-"""In-memory inputs: arrays, tensors, lists of texts, paths or pictures, and map-style Datasets."""
+"""What torch holds in memory: Tensors, map-style Datasets, and arrays and lists as Tensors."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from pyft.data.folders import IMAGE_SUFFIXES
+from pyft.data.pairs import as_array, pair_arrays
+from pyft.data.pictures import is_picture
 from pyft.data.randomness import global_generators_kept, seed_global_generators
-from pyft.data.raw import Raw, counted, listed
+from pyft.data.raw import Raw, listed
+from pyft.data.table_rows import TableForm
 from pyft.data.tables import LABEL_NAMES, TEXT_NAMES
 from pyft.errors import DataError
 from pyft.samples import Kind
@@ -48,11 +50,6 @@ class LazyInputs:
         return x if is_picture(x) else as_tensor(x)
 
 
-def is_picture(value: Any) -> bool:
-    """Whether `value` is a PIL image, without importing Pillow."""
-    return any(base.__module__ == "PIL.Image" and base.__name__ == "Image" for base in type(value).__mro__)
-
-
 def as_tensor(value: Any) -> torch.Tensor:
     """Numbers as a CPU tensor: real numbers to float32, whole numbers to int64, bool and uint8 to float32.
 
@@ -61,149 +58,29 @@ def as_tensor(value: Any) -> torch.Tensor:
     >>> as_tensor([1, 2]).dtype, as_tensor([0.5]).dtype
     (torch.int64, torch.float32)
     """
-    tensor = value.detach().cpu() if isinstance(value, torch.Tensor) else _from_numpy(np.asarray(value))
+    if not isinstance(value, torch.Tensor):
+        array = as_array(value)
+        ordinary = np.ascontiguousarray(array).reshape(array.shape)
+        return torch.from_numpy(ordinary if ordinary.flags.writeable else ordinary.copy())
+    tensor = value.detach().cpu()
     if tensor.is_complex():
         raise DataError("complex numbers are not supported; give real and imaginary part as two features")
     whole = not tensor.is_floating_point() and tensor.dtype not in (torch.uint8, torch.bool)
     return tensor.to(torch.int64 if whole else torch.float32)
 
 
-def _from_numpy(array: np.ndarray) -> torch.Tensor:
-    if array.dtype.kind not in "iufbc":
-        raise DataError(
-            f"expected numbers, got an array of dtype {array.dtype}; convert it, for instance with .astype('float32')"
-        )
-    if array.dtype in (np.uint16, np.uint32, np.uint64):
-        array = array.astype(np.int64)
-    native = array.astype(array.dtype.newbyteorder("="), copy=False)
-    ordinary = np.ascontiguousarray(native).reshape(native.shape)
-    return torch.from_numpy(ordinary if ordinary.flags.writeable else ordinary.copy())
+def with_tensors(raw: Raw) -> Raw:
+    """Numbers, which the readers give as arrays, as a Tensor."""
+    if isinstance(raw.inputs, np.ndarray):
+        raw.inputs = as_tensor(raw.inputs)
+    return raw
 
 
-def pair_samples(x: Any, y: Any, kind: Kind | None, name: str = "X") -> Raw:
-    """Inputs `x` with labels `y` (None: no labels).
-
-    Raises:
-        DataError: `x` is empty, an object array, of rows of different shapes, not numbers, or as long as `y` is not.
-    """
-    notes: list[str] = []
-    found, inputs = _inputs(x, kind, name, notes)
-    if not len(inputs):
-        raise DataError(f"{name}: there is no sample in it")
-    if y is not None and (not hasattr(y, "__len__") or getattr(y, "ndim", 1) == 0):
-        raise DataError(f"y: expected {len(inputs)} labels, got one {type(y).__name__}")
-    if y is not None and len(y) != len(inputs):
-        raise DataError(
-            f"{name} and y: {name} has {counted(len(inputs), 'sample')}, y has {counted(len(y), 'label')}; "
-            f"each sample needs one label"
-        )
-    if kind is not None and kind != found and not (found == "array" and kind in ("text", "image")):
-        raise DataError(
-            f"{name}: the task asks for {kind} inputs, but {name} holds {_described(found)}; "
-            f"leave task='auto', or give {kind} inputs"
-        )
-    return Raw(found, inputs, y, name, notes=notes)
-
-
-def _described(kind: Kind) -> str:
-    return {"text": "texts", "image": "pictures", "array": "numbers"}[kind]
-
-
-def _inputs(x: Any, kind: Kind | None, name: str, notes: list[str]) -> tuple[Kind, Any]:
-    if isinstance(x, torch.Tensor):
-        return "array", _whole_tensor(x, name, notes)
-    if hasattr(x, "toarray") and hasattr(x, "nnz"):
-        raise DataError(f"{name}: sparse matrices are not supported; pass {name}.toarray()")
-    if hasattr(x, "to_numpy"):
-        x = x.to_numpy()
-    if isinstance(x, np.ndarray) and x.dtype.kind not in "OU":
-        return "array", _whole_tensor(x, name, notes)
-    if isinstance(x, np.ndarray) and x.ndim != 1:
-        raise DataError(
-            f"{name}: an object array of shape {x.shape} holds no numbers; "
-            f"pass X.astype('float32') if all cells are numbers, else encode the others"
-        )
-    if not isinstance(x, Sequence | np.ndarray) or isinstance(x, str | bytes):
-        raise DataError(
-            f"{name}: expected an array, tensor, or list of texts, paths or pictures; got {type(x).__name__}"
-        )
-    return _listed_inputs(x.tolist() if isinstance(x, np.ndarray) else list(x), kind, name, notes)
-
-
-def _listed_inputs(items: list[Any], kind: Kind | None, name: str, notes: list[str]) -> tuple[Kind, Any]:
-    if items and all(isinstance(item, str) for item in items):
-        paths = kind == "image" or (kind is None and all(item.lower().endswith(IMAGE_SUFFIXES) for item in items))
-        return ("image", _existing([Path(item) for item in items], name)) if paths else ("text", items)
-    if items and all(isinstance(item, Path) for item in items):
-        return "image", _existing(items, name)
-    if items and all(is_picture(item) for item in items):
-        return "image", items
-    first_type = type(items[0]).__name__ if items else "nothing"
-    other = next((row for row, item in enumerate(items) if type(item).__name__ != first_type), None)
-    if other is not None and any(isinstance(item, str | Path) or item is None or is_picture(item) for item in items):
-        raise DataError(
-            f"{name}: row {other} is {type(items[other]).__name__}, row 0 is {first_type}; "
-            f"expected one type for all samples"
-        )
-    return "array", _whole_tensor(_stacked(items, name), name, notes)
-
-
-def _existing(paths: list[Path], name: str) -> list[Path]:
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
-        raise DataError(
-            f"{name}: {len(missing)} of {counted(len(paths), 'image file')} missing: {listed(missing, 3)} "
-            f"(looked in {Path.cwd()})"
-        )
-    return paths
-
-
-def _stacked(items: list[Any], name: str) -> Any:
-    try:
-        if items and isinstance(items[0], torch.Tensor):
-            return torch.stack([as_tensor(item) for item in items])
-        return np.asarray(items)
-    except (ValueError, TypeError, RuntimeError):
-        raise DataError(
-            f"{name}: the rows have different shapes or hold no numbers ({_shapes(items)}); "
-            f"pad or crop them to one shape"
-        ) from None
-
-
-def _shapes(items: list[Any]) -> str:
-    shapes = [tuple(np.shape(item)) for item in items if isinstance(item, torch.Tensor | np.ndarray)]
-    if not shapes:
-        lengths = [len(item) for item in items if hasattr(item, "__len__")]
-        return f"lengths {listed(sorted(set(lengths)))}" if lengths else f"of type {type(items[0]).__name__}"
-    return f"shapes {listed(list(dict.fromkeys(shapes)), 3)}"
-
-
-def _whole_tensor(x: Any, name: str, notes: list[str]) -> torch.Tensor:
-    if x.ndim == 0:
-        raise DataError(f"{name}: expected (N, ...) with one row per sample, got a single number")
-    try:
-        tensor = as_tensor(x)
-    except DataError as error:
-        raise DataError(f"{name}: {error}") from None
-    beyond = int((torch.isinf(tensor) & ~_was_infinite(x)).sum()) if tensor.is_floating_point() and _is_double(x) else 0
-    if beyond:
-        raise DataError(f"{name}: {counted(beyond, 'value')} beyond float32's 3.4e38; scale the column")
-    if str(x.dtype).endswith("uint8"):
-        notes.append(f"{name} is uint8: the model is given float32 values 0 to 255; pass {name} / 255 for 0 to 1")
-    if tensor.ndim == 4 and tensor.shape[-1] in (1, 3, 4) and tensor.shape[1] not in (1, 3, 4):
-        notes.append(
-            f"{name} has shape {tuple(tensor.shape)}, channels last; "
-            f"torch's convolutions expect (N, C, H, W): {name}.transpose(0, 3, 1, 2)"
-        )
-    return tensor
-
-
-def _is_double(x: Any) -> bool:
-    return str(x.dtype).endswith("float64") or str(x.dtype).startswith(("float128", "longdouble"))
-
-
-def _was_infinite(x: Any) -> torch.Tensor:
-    return torch.isinf(x.detach().cpu()) if isinstance(x, torch.Tensor) else torch.from_numpy(np.isinf(x))
+def pair_samples(
+    x: Any, y: Any, kind: Kind | None, name: str = "X", columns: Sequence[str] | TableForm | None = None
+) -> Raw:
+    """`pair_arrays` with numbers as a Tensor."""
+    return with_tensors(pair_arrays(x, y, kind, name, columns))
 
 
 def item_pair(item: Any) -> tuple[Any, Any]:

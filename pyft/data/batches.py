@@ -10,10 +10,20 @@ import torch
 
 from pyft.data.augment import Augment, augment_batch, check_augment
 from pyft.data.images import ImagePreprocess
-from pyft.data.inputs import CalledInputs, EncodedInputs, ImageInputs, PictureStore, TensorInputs, TokenInputs
+from pyft.data.inputs import (
+    CalledInputs,
+    EncodedInputs,
+    ImageInputs,
+    PictureStore,
+    TableInputs,
+    TensorInputs,
+    TokenInputs,
+)
 from pyft.data.order import batch_sizes, fixed_batches, shuffled_batches
 from pyft.data.preprocess import ArrayPreprocess
 from pyft.data.raw import counted
+from pyft.data.table_preprocess import TablePreprocess
+from pyft.data.table_rows import TableRows
 from pyft.data.text import TextPreprocess
 from pyft.errors import ConfigError, DataError
 from pyft.samples import Batch, Samples
@@ -27,8 +37,9 @@ class Batches:
 
     Args:
         samples: see `pyft.samples.Samples`.
-        preprocess: `TextPreprocess`, `ImagePreprocess`, `ArrayPreprocess` (None: the same), an object with `encode`
-            and `collate` for texts, or a function of one picture or array giving a Tensor.
+        preprocess: `TextPreprocess`, `ImagePreprocess`, `ArrayPreprocess` (None: the same), a fitted
+            `TablePreprocess`, an object with `encode` and `collate` for texts, or a function of one picture, array or
+            row (a dict) giving a Tensor.
         batch_size: samples per batch; the last is smaller.
         seed: of order and random changes.
         shuffle: other batches in each epoch; then a rest of one sample joins another batch. False: fixed batches.
@@ -131,7 +142,7 @@ class Batches:
         return Batch(inputs, targets, numbers)
 
 
-Inputs = TensorInputs | TokenInputs | EncodedInputs | ImageInputs | CalledInputs
+Inputs = TensorInputs | TokenInputs | EncodedInputs | TableInputs | ImageInputs | CalledInputs
 
 
 def _make_inputs(samples: Samples, preprocess: Any, seed: int) -> Inputs:
@@ -144,10 +155,25 @@ def _make_inputs(samples: Samples, preprocess: Any, seed: int) -> Inputs:
     seed += _MAKING
     if samples.kind == "image":
         return _image_inputs(samples, preprocess, seed)
+    if isinstance(preprocess, TablePreprocess):
+        return TableInputs(_rows(samples), preprocess)
     own = preprocess is not None and not isinstance(preprocess, ArrayPreprocess)
+    if isinstance(samples.inputs, TableRows) and not own:
+        raise ConfigError(
+            f"preprocess: {samples.name} holds words or missing numbers; give the TablePreprocess that the model was "
+            f"trained with, or a function of one row, a dict"
+        )
     if isinstance(samples.inputs, torch.Tensor) and not own:
         return TensorInputs(samples.inputs)
     return CalledInputs(samples.inputs, preprocess if own else None, seed)
+
+
+def _rows(samples: Samples) -> TableRows:
+    if isinstance(samples.inputs, TableRows):
+        return samples.inputs
+    if isinstance(samples.inputs, torch.Tensor):
+        return TableRows.from_matrix(samples.inputs, samples.columns, samples.name)
+    raise ConfigError(f"preprocess='table': {samples.name} holds {samples.kind} inputs, not the rows of a table")
 
 
 def _text_inputs(samples: Samples, preprocess: Any) -> Inputs:

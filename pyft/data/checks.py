@@ -12,6 +12,7 @@ import torch
 from pyft.data.fingerprint import file_digests
 from pyft.data.images import image_fault
 from pyft.data.raw import counted, listed
+from pyft.data.unusable import check_finite, check_texts
 from pyft.errors import DataError
 from pyft.samples import Data, Samples
 
@@ -60,29 +61,15 @@ def check_samples(samples: Samples, role: str, data: Data | None = None) -> None
             raise DataError(
                 f"{where}: {counted(len(samples), 'input')}, {counted(len(targets), 'target')}; each input needs one"
             )
-        _check_finite(targets, where, "target")
+        check_finite(targets, where, "target")
         if data is not None and data.problem == "classification":
             _check_range(targets, where, len(data.classes or []))
     if samples.kind == "text":
-        _check_texts(samples.inputs, where)
+        check_texts(samples.inputs, where)
     elif isinstance(samples.inputs, torch.Tensor):
-        _check_finite(samples.inputs, where, "input")
+        check_finite(samples.inputs, where, "input")
     elif samples.kind == "image" and isinstance(samples.inputs, list):
         check_images(samples.inputs, where)
-
-
-def _check_finite(values: torch.Tensor, where: str, what: str) -> None:
-    if not values.is_floating_point() or bool(torch.isfinite(values).all()):
-        return
-    bad = ~torch.isfinite(values)
-    place = [int(number) for number in bad.nonzero()[0]]
-    rows = int(bad.reshape(len(bad), -1).any(1).sum())
-    column = f", column {place[1]}" if len(place) == 2 else f", position {tuple(place[1:])}" if len(place) > 2 else ""
-    raise DataError(
-        f"{where}: {counted(int(bad.sum()), what)} NaN or infinite, in {counted(rows, 'row')}, first "
-        f"at row {place[0]}{column}; "
-        f"mend these rows or leave them out"
-    )
 
 
 def _check_range(targets: torch.Tensor, where: str, num_classes: int) -> None:
@@ -93,18 +80,6 @@ def _check_range(targets: torch.Tensor, where: str, num_classes: int) -> None:
             f"{where}: {counted(len(outside), 'label')} outside 0..{num_classes - 1}, first {int(targets[row])} at "
             f"row {row}"
         )
-
-
-def _check_texts(texts: Any, where: str) -> None:
-    bad = [row for row, text in enumerate(texts) if not isinstance(text, str) or not text.strip()]
-    if not bad:
-        return
-    first = texts[bad[0]]
-    what = "blank" if isinstance(first, str) else f"not a str but {type(first).__name__}"
-    raise DataError(
-        f"{where}: {len(bad)} of {counted(len(texts), 'text')} {what}, first at row {bad[0]}; "
-        f"fill or leave out these rows"
-    )
 
 
 def check_images(inputs: list[Any], where: str) -> None:

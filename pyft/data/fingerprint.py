@@ -15,6 +15,7 @@ from torch.utils.data import Subset
 
 from pyft.core.files import sha256_file
 from pyft.data.arrays import LazyInputs
+from pyft.data.table_rows import TableRows
 from pyft.errors import DataError
 from pyft.samples import Problem, Samples
 
@@ -48,10 +49,15 @@ def _add_inputs(digest: Any, inputs: Any) -> None:
         _add_tensor(digest, inputs)
     elif isinstance(inputs, LazyInputs | Subset):
         digest.update(b"".join(_lazy_digests(inputs)))
+    elif isinstance(inputs, TableRows):
+        for name, values in inputs.columns.items():
+            digest.update(json.dumps([name, str(values.dtype)]).encode())
+            if values.dtype == object:
+                _add_texts(digest, values.tolist())
+            else:
+                digest.update(values.tobytes())
     elif isinstance(inputs[0], str):
-        encoded = [text.encode("utf-8", "surrogatepass") for text in inputs]
-        digest.update(np.array([len(text) for text in encoded], dtype="<i8").tobytes())
-        digest.update(b"".join(encoded))
+        _add_texts(digest, inputs)
     elif isinstance(inputs[0], Path):
         for path, content in zip(inputs, file_digests(inputs), strict=True):
             digest.update(json.dumps([path.parent.name, path.name, content]).encode())
@@ -59,6 +65,12 @@ def _add_inputs(digest: Any, inputs: Any) -> None:
         for picture in inputs:
             digest.update(json.dumps([picture.mode, picture.size]).encode())
             digest.update(picture.tobytes())
+
+
+def _add_texts(digest: Any, texts: Sequence[str]) -> None:
+    encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
+    digest.update(np.array([len(text) for text in encoded], dtype="<i8").tobytes())
+    digest.update(b"".join(encoded))
 
 
 def raw_digests(pictures: Sequence[Any]) -> list[bytes]:

@@ -20,6 +20,8 @@ from pyft.data.fingerprint import raw_digests
 from pyft.data.images import ImagePreprocess, read_image, to_rgb
 from pyft.data.randomness import global_generators_kept, seed_global_generators
 from pyft.data.raw import counted
+from pyft.data.table_preprocess import TablePreprocess
+from pyft.data.table_rows import TableRows
 from pyft.data.text import TextPreprocess, gather_tokens
 from pyft.errors import DataError
 
@@ -95,6 +97,26 @@ class EncodedInputs:
         both.rows = [*self.rows, *other.rows]
         both.lengths = np.array([len(row) for row in both.rows], dtype=np.int64)
         return both
+
+
+class TableInputs:
+    """Rows of a table, imputed and scaled once; a batch's one-hot features are made when it is fetched."""
+
+    lengths: np.ndarray | None = None
+
+    def __init__(self, rows: TableRows, preprocess: TablePreprocess) -> None:
+        self.preprocess = preprocess
+        self.numbers, self.codes = preprocess.encode(rows)
+
+    def fetch(self, index: np.ndarray, epoch: int) -> torch.Tensor:
+        """(B, F) float32."""
+        return torch.from_numpy(self.preprocess.gather(self.numbers[index], self.codes[index]))
+
+    def digests(self) -> list[bytes]:
+        """SHA-256 of what the model is given of each row, and of how wide that is."""
+        width = str(self.preprocess.num_features).encode()
+        rows = zip(self.numbers, self.codes, strict=True)
+        return [hashlib.sha256(width + one.tobytes() + codes.tobytes()).digest() for one, codes in rows]
 
 
 class Decoder:

@@ -8,6 +8,7 @@ import torch
 
 from pyft.data.arrays import as_tensor
 from pyft.data.images import ImagePreprocess
+from pyft.data.table_preprocess import TablePreprocess
 from pyft.data.text import TextPreprocess
 from pyft.errors import ConfigError
 
@@ -29,7 +30,7 @@ class ArrayPreprocess:
         return cls()
 
 
-Preprocess = TextPreprocess | ImagePreprocess | ArrayPreprocess
+Preprocess = TextPreprocess | ImagePreprocess | ArrayPreprocess | TablePreprocess
 
 
 def preprocess_from_spec(spec: dict[str, Any]) -> Preprocess:
@@ -41,7 +42,9 @@ def preprocess_from_spec(spec: dict[str, Any]) -> Preprocess:
     >>> preprocess_from_spec({"kind": "array"}).spec()
     {'kind': 'array'}
     """
-    kinds: dict[str, Any] = {"text": TextPreprocess, "image": ImagePreprocess, "array": ArrayPreprocess}
+    kinds: dict[str, Any] = {
+        "text": TextPreprocess, "image": ImagePreprocess, "array": ArrayPreprocess, "table": TablePreprocess,
+    }  # fmt: skip
     kind = spec.get("kind")
     if kind not in kinds:
         raise ConfigError(

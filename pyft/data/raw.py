@@ -6,10 +6,12 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyft.errors import DataError
-from pyft.samples import Kind
+
+if TYPE_CHECKING:
+    from pyft.samples import Kind
 
 
 @dataclass
@@ -18,14 +20,15 @@ class Raw:
 
     Attributes:
         kind: as in `Samples`.
-        inputs: N texts, paths or pictures in a list, a float32 or int64 Tensor (N, ...), or `LazyInputs`.
+        inputs: N texts, paths or pictures in a list, a float32 or int64 Tensor (N, ...), `TableRows`, or
+            `LazyInputs`.
         labels: list of N str; list of N lists of str (multilabel); array (N,) or (N, K); None without labels.
         name: file or argument, for messages.
         lines: line number of each row of a file, for messages; None for in-memory data.
         class_names: the classes, where the source fixes them (folders, `Dataset.classes`).
         from_table: labels were read from a text file, where numbers are written as text.
         notes: lines worth telling the user.
-        columns: names of the features of a table of numbers, in the order of `inputs`.
+        columns: names of the feature columns of a table, in the order of `inputs`.
     """
 
     kind: Kind

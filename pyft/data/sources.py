@@ -7,57 +7,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from pyft.data.arrays import dataset_samples, loader_dataset, pair_samples
+from pyft.data.arrays import dataset_samples, loader_dataset, with_tensors
 from pyft.data.checks import check_classes, check_samples
 from pyft.data.fingerprint import fingerprint
-from pyft.data.folders import IMAGE_SUFFIXES, folder_samples, holds_images, sub_folders
-from pyft.data.raw import Raw, check_exists, listed, nearest
+from pyft.data.folders import holds_images, sub_folders
+from pyft.data.raw import Raw, listed, nearest
+from pyft.data.reading import ROLES, check_set, in_form, is_dataset, one_set, read_arrays
 from pyft.data.splits import split_samples
-from pyft.data.tables import TABLE_SUFFIXES, frame_table, read_table, table_samples
+from pyft.data.table_rows import TableForm, TableRows
+from pyft.data.tables import TABLE_SUFFIXES
 from pyft.data.targets import make_targets
-from pyft.errors import ConfigError, DataError
+from pyft.data.task import parse_task
+from pyft.errors import DataError
 from pyft.samples import Data, Kind, Problem, Samples
-
-KINDS: dict[str, Kind] = {"text": "text", "image": "image", "tabular": "array", "array": "array"}
-PROBLEMS: dict[str, Problem] = {
-    "classification": "classification",
-    "multilabel": "multilabel",
-    "regression": "regression",
-}
-ROLES = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "eval": "val",
-    "test": "test",
-    "testing": "test",
-}
-
-
-def parse_task(task: str) -> tuple[Kind | None, Problem | None]:
-    """Kind and problem that a task word names; None for what is left to be seen from the data.
-
-    Raises:
-        ConfigError: the word is not known.
-
-    >>> parse_task("text-classification"), parse_task("regression"), parse_task("auto")
-    (('text', 'classification'), (None, 'regression'), (None, None))
-    """
-    word = str(task).strip().lower().replace("_", "-").replace(" ", "-")
-    if word == "auto":
-        return None, None
-    kind, _, problem = word.rpartition("-")
-    if problem in PROBLEMS and (kind in KINDS or not kind):
-        return KINDS.get(kind), PROBLEMS[problem]
-    if word in KINDS:
-        return KINDS[word], None
-    words = ["auto", *PROBLEMS, *(f"{kind}-{problem}" for kind in ("text", "image", "tabular") for problem in PROBLEMS)]
-    raise ConfigError(f"task={task!r}: expected one of {', '.join(words)}{nearest(word, words)}")
 
 
 def load_data(
@@ -69,6 +34,7 @@ def load_data(
     seed: int = 0,
     text_column: str | None = None,
     label_column: str | None = None,
+    form: TableForm | None = None,
 ) -> Data:
     """Read `data`, fix the meaning of the labels by the training part, and cut off validation where there is none.
 
@@ -83,13 +49,14 @@ def load_data(
         seed: of that split.
         text_column: name of the text column of a table; default: found by name.
         label_column: name of the label column of a table; default: found by name.
+        form: what is known of a table before it is read; see `TableForm`.
 
     Raises:
         DataError: the data cannot be used; the message says what, where, and the mend.
         ConfigError: `task` is not known.
     """
     kind, problem = parse_task(task)
-    parts, notes = read_parts(data, kind, text_column, label_column)
+    parts, notes = read_parts(data, kind, text_column, label_column, form)
     train = parts["train"]
     notes += train.notes
     if train.labels is None:
@@ -97,7 +64,7 @@ def load_data(
     targets = make_targets(train, problem)
     notes += targets.notes
     sets: dict[str, Samples | None] = {
-        "train": Samples(train.kind, train.inputs, targets.values, train.name, train.columns),
+        "train": Samples(train.kind, train.inputs, torch.from_numpy(targets.values), train.name, train.columns),
         "val": None,
         "test": None,
     }
@@ -137,12 +104,16 @@ def _beside(raw: Raw, train: Raw, problem: Problem, classes: list[str] | None, r
             f"{raw.name}: y has rows of shape {tuple(targets.values.shape[1:])}, the training data "
             f"{tuple(reference.targets.shape[1:])}"
         )
-    if train.kind == "array" and raw.inputs[0].shape != train.inputs[0].shape:
+    if (
+        train.kind == "array"
+        and not isinstance(train.inputs, TableRows)
+        and raw.inputs[0].shape != train.inputs[0].shape
+    ):
         raise DataError(
             f"{raw.name}: samples have shape {tuple(raw.inputs[0].shape)}, the training samples "
             f"{tuple(train.inputs[0].shape)}"
         )
-    return Samples(raw.kind, raw.inputs, targets.values, raw.name, raw.columns)
+    return Samples(raw.kind, raw.inputs, torch.from_numpy(targets.values), raw.name, raw.columns)
 
 
 def _split(
@@ -162,7 +133,7 @@ def _split(
 
 
 def read_parts(
-    data: Any, kind: Kind | None, text_column: str | None, label_column: str | None
+    data: Any, kind: Kind | None, text_column: str | None, label_column: str | None, form: TableForm | None = None
 ) -> tuple[dict[str, Raw], list[str]]:
     """The sets that `data` brings, "train" always among them, before labels are read; and notes."""
     notes: list[str] = []
@@ -176,13 +147,25 @@ def read_parts(
     for role in ("train", "val", "test"):
         if role not in sources:
             continue
-        columns = parts["train"].columns if role != "train" else None
-        raw = read_source(sources[role], kind, text_column, label_column, labels_required=True, columns=columns)
+        known = form if role == "train" else _form_of(parts["train"])
+        raw = read_source(sources[role], kind, text_column, label_column, labels_required=True, columns=known)
         if len(sources) > 1 and raw.name in ("X", "data"):
             raw.name = f"{role} {raw.name}"
         parts[role] = raw
         kind = kind or raw.kind
+    if any(isinstance(raw.inputs, TableRows) for raw in parts.values()):
+        for raw in parts.values():
+            if not isinstance(raw.inputs, TableRows):
+                raw.inputs = TableRows.from_matrix(raw.inputs, parts["train"].columns, raw.name)
+                raw.columns = raw.inputs.names
     return parts, notes
+
+
+def _form_of(train: Raw) -> TableForm | None:
+    """How the tables beside the training table are read."""
+    if isinstance(train.inputs, TableRows):
+        return TableForm(train.inputs.names, train.inputs.words, raw=True)
+    return None if train.columns is None else TableForm(train.columns)
 
 
 def _named_parts(data: Mapping[Any, Any]) -> dict[str, Any]:
@@ -236,84 +219,22 @@ def read_source(
     label_column: str | None,
     *,
     labels_required: bool,
-    columns: Sequence[str] | None = None,
+    columns: Sequence[str] | TableForm | None = None,
 ) -> Raw:
-    """The samples of one set, labels as they came; of a table the features `columns`, where these are known.
+    """The samples of one set, labels as they came, numbers as a Tensor; of a table the features `columns`, where known.
 
     Raises:
         DataError: the source cannot be read, or its type is not supported.
     """
-    if isinstance(source, str | os.PathLike):
-        return _path_samples(Path(source), kind, text_column, label_column, labels_required, columns)
     if isinstance(source, DataLoader):
         dataset, notes = loader_dataset(source)
         raw = dataset_samples(dataset, kind)
         raw.notes = notes + raw.notes
-        return raw
-    if hasattr(source, "columns") and (hasattr(source, "to_numpy") or hasattr(source, "__dataframe__")):
-        table = frame_table(source, "DataFrame")
-        return table_samples(table, kind, text_column, label_column, labels_required, columns)
-    two_arrays = (
-        labels_required
-        and isinstance(source, list)
-        and len(source) == 2
-        and all(hasattr(part, "shape") for part in source)
-    )
-    if isinstance(source, tuple) or two_arrays:
-        if len(source) != 2 or isinstance(source[0], tuple):
-            raise DataError(
-                f"data: expected (X, y), got a tuple of {len(source)}; "
-                f"for several sets give {{'train': (X, y), 'val': (X, y)}}"
-            )
-        return pair_samples(source[0], source[1], kind)
-    return _sequence_samples(source, kind, labels_required)
-
-
-def _sequence_samples(source: Any, kind: Kind | None, labels_required: bool) -> Raw:
-    is_pairs = (
-        isinstance(source, list) and bool(source) and all(isinstance(item, tuple) and len(item) == 2 for item in source)
-    )
-    plain = isinstance(source, list) or hasattr(source, "shape")
-    if plain and not is_pairs:
-        if labels_required:
-            raise DataError("data: there are no labels; give (X, y)")
-        return pair_samples(source, None, kind, "data")
-    if isinstance(source, IterableDataset) or (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
-        return dataset_samples(source, kind)
-    if hasattr(source, "__iter__"):
-        raise DataError(
-            f"data: {type(source).__name__} can only be read in a row; give a list, (X, y), or a map-style Dataset "
-            f"(__len__ and __getitem__)"
-        )
-    raise DataError(
-        f"data: got {type(source).__name__}; expected a path, a folder, (X, y), a Dataset, a DataLoader, a "
-        f"DataFrame, or a dict with 'train'"
-    )
-
-
-def _path_samples(
-    path: Path,
-    kind: Kind | None,
-    text_column: str | None,
-    label_column: str | None,
-    labels_required: bool,
-    columns: Sequence[str] | None,
-) -> Raw:
-    check_exists(path, "data")
-    if path.is_dir():
-        if kind not in (None, "image"):
-            raise DataError(
-                f"{path}: this task needs a .tsv or .csv file, or a folder with train.tsv; this folder has none"
-            )
-        return folder_samples(path, labels_required=labels_required)
-    if path.suffix.lower() in TABLE_SUFFIXES:
-        return table_samples(read_table(path), kind, text_column, label_column, labels_required, columns)
-    if path.suffix.lower() in IMAGE_SUFFIXES and not labels_required:
-        return Raw("image", [path], None, path.name)
-    raise DataError(
-        f"{path}: expected a .tsv or .csv file, or a folder; got a file named {path.suffix or 'without a suffix'}; "
-        f"rename or convert it"
-    )
+    elif isinstance(source, IterableDataset) or is_dataset(source):
+        raw = dataset_samples(source, kind)
+    else:
+        raw = read_arrays(source, kind, text_column, label_column, labels_required=labels_required, columns=columns)
+    return with_tensors(in_form(raw, columns))
 
 
 def load_samples(
@@ -325,43 +246,28 @@ def load_samples(
     text_column: str | None = None,
     label_column: str | None = None,
     labels: Literal["required", "ignored"] = "required",
-    columns: Sequence[str] | None = None,
+    columns: Sequence[str] | TableForm | None = None,
 ) -> Samples:
     """One set to evaluate or predict, its labels read by the meaning that `classes` fixes.
 
     Args:
         source: as `data` of `load_data`, one set; with labels "ignored" also bare inputs: a list of texts, a text, an
-            image file, a folder of images without class folders, an array X.
+            image file, a folder of images without class folders, an array X; and for the columns of a table a dict of
+            lists, or of single values for one row.
         classes: label names in the order of the class index; None for regression.
-        columns: the features of a table that the model takes, in its order; None: all, as they stand.
+        columns: the features of a table that the model takes, in its order, or a `TableForm`; None: all, as they stand.
         labels: "required", or "ignored": targets are None.
 
     Raises:
         DataError: as `load_data`; a label that `classes` lacks is named with its nearest; a text is blank, or a
             number NaN or infinite. Images are decoded, and so checked, when their batch is made.
     """
-    if isinstance(source, Mapping):
-        raise DataError(f"data: expected one set, got a dict with {listed(list(source))}; give one of its values")
     ignored = labels == "ignored"
-    if isinstance(source, str) and ignored and kind == "text" and not _looks_like_path(source):
-        source = [source]
-    if isinstance(source, str | os.PathLike) and Path(source).is_dir() and kind != "image":
-        tables = sorted(entry.name for entry in Path(source).iterdir() if entry.suffix.lower() in TABLE_SUFFIXES)
-        raise DataError(
-            f"{source}: expected one set, got a folder"
-            + (f" with {listed(tables)}; give one of these files" if tables else " without a table")
-        )
+    source = one_set(source, kind, ignored, columns)
     raw = read_source(source, kind, text_column, label_column, labels_required=not ignored, columns=columns)
-    if raw.kind != kind and not (raw.kind == "array" and kind == "image"):
-        raise DataError(f"{raw.name}: holds {raw.kind} inputs, the model takes {kind} inputs")
-    if raw.labels is None and not ignored:
-        raise DataError(f"{raw.name}: no labels; give (X, y), or a table with a label column")
-    targets = None if ignored else make_targets(raw, problem, classes).values
+    check_set(raw, kind, ignored)
+    targets = None if ignored else torch.from_numpy(make_targets(raw, problem, classes).values)
     samples = Samples(raw.kind, raw.inputs, targets, raw.name, raw.columns)
     if raw.kind != "image":
         check_samples(samples, raw.name)
     return samples
-
-
-def _looks_like_path(text: str) -> bool:
-    return text.lower().endswith(TABLE_SUFFIXES) or (len(text) < 4096 and "\n" not in text and Path(text).exists())

@@ -1,18 +1,18 @@
-"""Tables of text: reading .tsv and .csv files, and finding the columns that hold inputs and labels."""
+"""Tables: reading .tsv and .csv files, DataFrames and dicts, and finding the columns that hold inputs and labels."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from pyft.data.raw import Raw, check_exists, counted, listed, nearest
+from pyft.data.cells import is_numeric
+from pyft.data.raw import check_exists, counted, listed, nearest
 from pyft.errors import DataError
 from pyft.samples import Kind
 
@@ -33,12 +33,14 @@ class Table:
         columns: name -> list of str, or numeric array (N,).
         lines: line number of each row in the file; None for in-memory tables.
         notes: lines worth telling the user.
+        categories: columns that the source itself declares to be words.
     """
 
     name: str
     columns: dict[str, Any]
     lines: list[int] | None = None
     notes: tuple[str, ...] = ()
+    categories: frozenset[str] = frozenset()
 
     def where(self, row: int) -> str:
         """'line 17' of a file, or 'row 15' (counted from 0)."""
@@ -152,18 +154,54 @@ def frame_table(frame: Any, name: str) -> Table:
     names = [str(column) for column in frame.columns]
     if len(set(names)) < len(names):
         raise DataError(f"{name}: the table names a column more than once: {listed(names)}")
-    columns = {str(column): _frame_column(frame[column]) for column in frame.columns}
+    columns = {str(column): _column(frame[column]) for column in frame.columns}
     if not columns or not len(next(iter(columns.values()))):
         raise DataError(f"{name}: the table is empty")
-    return Table(name, columns)
+    dtypes = {str(column): str(getattr(frame[column], "dtype", "")).lower() for column in frame.columns}
+    words = frozenset(column for column, dtype in dtypes.items() if dtype.startswith(("category", "categorical")))
+    return Table(name, columns, categories=words)
 
 
-def _frame_column(column: Any) -> Any:
-    values = column.to_numpy() if hasattr(column, "to_numpy") else np.asarray(column)
+def mapping_table(columns: Mapping[Any, Any], name: str) -> Table:
+    """A `Table` of a dict of columns: lists or arrays, or single values for one row.
+
+    Raises:
+        DataError: no column, no row, or columns of different lengths.
+    """
+    listed_columns = {str(key): _column(value if _is_column(value) else [value]) for key, value in columns.items()}
+    lengths = {key: len(values) for key, values in listed_columns.items()}
+    if len(set(lengths.values())) > 1:
+        first = next(iter(lengths))
+        other = next(key for key in lengths if lengths[key] != lengths[first])
+        raise DataError(
+            f"{name}: the column {first!r} has {counted(lengths[first], 'row')}, {other!r} has {lengths[other]}; "
+            f"give columns of one length"
+        )
+    if not lengths or not next(iter(lengths.values())):
+        raise DataError(f"{name}: the table is empty")
+    return Table(name, listed_columns)
+
+
+def _is_column(value: Any) -> bool:
+    return hasattr(value, "__len__") and not isinstance(value, str | bytes) and getattr(value, "ndim", 1) > 0
+
+
+def _column(column: Any) -> Any:
+    values = column.to_numpy() if hasattr(column, "to_numpy") else column
+    if isinstance(values, list | tuple):
+        plain = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+        values = np.asarray(values, dtype=None if plain else object)
+    values = np.asarray(values)
     if values.dtype.kind in "iufb":
         return values
-    # NaN is the only value that differs from itself; pandas writes missing text so.
-    return ["" if value is None or value != value else str(value) for value in values.tolist()]
+    if values.dtype.kind in "mM":
+        return ["" if value == "NaT" else value for value in values.astype(str).tolist()]
+    return ["" if _is_missing(value) else str(value) for value in values.tolist()]
+
+
+def _is_missing(value: Any) -> bool:
+    """None, pandas' NA and NaT, and NaN, the only number that differs from itself."""
+    return value is None or type(value).__name__ in ("NAType", "NaTType") or bool(value != value)
 
 
 def find_columns(
@@ -230,195 +268,3 @@ def _named(table: Table, name: str, argument: str) -> str:
 def _first(names: Sequence[str], wanted: Sequence[str]) -> str | None:
     lowered = {name.lower(): name for name in reversed(names)}
     return next((lowered[name] for name in wanted if name in lowered), None)
-
-
-def is_numeric(values: Any) -> bool:
-    """Whether more than half of a column's filled cells are numbers; the few others are then an error of their own."""
-    if isinstance(values, np.ndarray):
-        return True
-    filled = [value for value in values if value.strip()]
-    if _as_floats(filled) is not None:
-        return True
-    return sum(_is_float(value) for value in filled) * 2 > len(filled)
-
-
-def _as_floats(values: list[str]) -> np.ndarray | None:
-    try:
-        return np.array([float(value) for value in values], dtype=np.float64)
-    except ValueError:
-        return None
-
-
-def _is_float(value: str) -> bool:
-    try:
-        float(value)
-    except ValueError:
-        return False
-    return True
-
-
-def table_samples(
-    table: Table,
-    kind: Kind | None,
-    text_column: str | None,
-    label_column: str | None,
-    label_required: bool,
-    columns: Sequence[str] | None = None,
-) -> Raw:
-    """Inputs and labels of a table: texts, or float32 features (N, columns).
-
-    Args:
-        columns: the features that the model takes, in its order, where they are known; the table may hold others.
-
-    Raises:
-        DataError: a column is missing, a text is blank, a feature column holds text, or a cell holds no number.
-    """
-    if kind == "image":
-        raise DataError(
-            f"{table.name}: a table cannot be used for an image task; give a folder of images, or (list of paths, "
-            f"labels)"
-        )
-    _check_header(table, text_column, label_column)
-    if columns is not None:
-        kind = "array"
-    text, label = find_columns(table, kind, text_column, label_column, label_required)
-    labels = None if label is None else _label_cells(table, label, label_required)
-    notes = list(table.notes)
-    features: dict[str, Any] = {}
-    if text is not None:
-        unused = [name for name in table.columns if name not in (text, label)]
-        if unused:
-            notes.append(f"{table.name}: text from {text!r}, label from {label!r}; not used: {listed(unused)}")
-    elif columns is not None:
-        features = _named_features(table, columns)
-        unused = [name for name in table.columns if name != label and name not in columns]
-        if unused and label_required:
-            notes.append(f"{table.name}: columns that the model does not take, not used: {listed(unused)}")
-    else:
-        for name, values in table.columns.items():
-            if name != label and _is_row_numbering(name, values):
-                notes.append(f"{table.name}: the column {name!r} only numbers the rows and is left out")
-            elif name != label:
-                features[name] = values
-    return Raw(
-        "array" if text is None else "text",
-        _feature_matrix(table, features) if text is None else _text_cells(table, text),
-        labels,
-        table.name,
-        table.lines,
-        from_table=table.lines is not None,
-        notes=notes,
-        columns=tuple(features) if text is None else None,
-    )
-
-
-def _named_features(table: Table, columns: Sequence[str]) -> dict[str, Any]:
-    """The columns that the model takes, in its order: by position they could be mixed up in silence."""
-    missing = [name for name in columns if name not in table.columns]
-    if missing:
-        raise DataError(
-            f"{table.name}: {counted(len(missing), 'feature column')} that the model was trained on "
-            f"{'is' if len(missing) == 1 else 'are'} missing: {listed(missing)}"
-            f"{nearest(missing[0], list(table.columns))}; it has {listed(list(table.columns), 12)}"
-        )
-    return {name: table.columns[name] for name in columns}
-
-
-def _check_header(table: Table, text_column: str | None, label_column: str | None) -> None:
-    """A file without a header would lose its first sample in silence."""
-    names = list(table.columns)
-    known = {*TEXT_NAMES, *LABEL_NAMES}
-    if (
-        table.lines is None
-        or text_column
-        or label_column
-        or len(names) != 2
-        or known & {name.lower() for name in names}
-    ):
-        return
-    if any(name in table.columns[name] for name in names) or all(_is_float(name) for name in names):
-        raise DataError(
-            f"{table.name}: line 1 ({listed(names)}) looks like a sample, not a header; "
-            f"add a header line such as 'text', 'label'"
-        )
-
-
-def _label_cells(table: Table, label: str, required: bool) -> Any:
-    cells = table.columns[label]
-    if isinstance(cells, np.ndarray):
-        return cells
-    cells = [cell.strip() for cell in cells]
-    empty = [row for row, cell in enumerate(cells) if not cell]
-    if not empty:
-        return cells
-    if not required:
-        return None
-    raise DataError(
-        f"{table.name}: the label column {label!r} is empty in {counted(len(empty), 'row')}, first at "
-        f"{table.where(empty[0])}; "
-        f"label these rows or leave them out"
-    )
-
-
-def _text_cells(table: Table, text: str) -> list[str]:
-    cells = table.columns[text]
-    if isinstance(cells, np.ndarray):
-        return [str(cell) for cell in cells.tolist()]
-    empty = [row for row, cell in enumerate(cells) if not cell.strip()]
-    if empty:
-        raise DataError(
-            f"{table.name}: the text column {text!r} is empty in {counted(len(empty), 'row')}, first at "
-            f"{table.where(empty[0])}; "
-            f"fill these rows or leave them out"
-        )
-    return cells
-
-
-def _is_row_numbering(name: str, values: Any) -> bool:
-    """pandas writes its index as a first column without a name (or 'Unnamed: 0'): it would leak the row order."""
-    if name and not name.startswith("Unnamed:"):
-        return False
-    numbers = values if isinstance(values, np.ndarray) else _as_floats(values)
-    return numbers is not None and len(numbers) > 1 and bool((np.diff(numbers) > 0).all())
-
-
-def _feature_matrix(table: Table, features: dict[str, Any]) -> torch.Tensor:
-    if not features:
-        raise DataError(f"{table.name}: the table has no feature column besides the label")
-    words = [name for name, values in features.items() if not is_numeric(values)]
-    if words:
-        mend = "turn them into numbers (one 0/1 column per value, for instance) or leave them out"
-        raise DataError(
-            f"{table.name}: {len(words)} of {counted(len(features), 'feature column')} with text instead of numbers: "
-            f"{listed(words)}; "
-            f"{mend}; for a text task name one by text_column="
-        )
-    matrix = np.empty((table.num_rows, len(features)), dtype=np.float32)
-    for position, (name, values) in enumerate(features.items()):
-        matrix[:, position] = _numbers(table, name, values)
-    return torch.from_numpy(matrix)
-
-
-def _numbers(table: Table, name: str, values: Any) -> np.ndarray:
-    numbers = values.astype(np.float64) if isinstance(values, np.ndarray) else _as_floats(values)
-    if numbers is None:
-        bad = [row for row, value in enumerate(values) if not _is_float(value)]
-        empty = [row for row in bad if not values[row].strip()]
-        if len(empty) == len(bad):
-            what, first = f"is empty in {counted(len(empty), 'row')}", empty[0]
-        else:
-            what, first = f"holds {counted(len(bad), 'cell')} without a number", bad[0]
-        cell = values[first]
-        raise DataError(
-            f"{table.name}: the column {name!r} {what}, first at {table.where(first)} ({cell!r}); "
-            f"fill in a number or leave these rows out"
-        )
-    wild = np.flatnonzero(~np.isfinite(numbers) | (np.abs(numbers) > np.finfo(np.float32).max))
-    if len(wild):
-        row = int(wild[0])
-        raise DataError(
-            f"{table.name}: the column {name!r} holds {counted(len(wild), 'value')} NaN, infinite or "
-            f"beyond float32, "
-            f"first at {table.where(row)} ({numbers[row]}); fill in a number or leave these rows out"
-        )
-    return numbers

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
 from pyft.data.raw import Raw, counted, listed, nearest
 from pyft.errors import DataError
@@ -23,12 +23,12 @@ class Targets:
     """Targets of one set.
 
     Attributes:
-        values: as `Samples.targets`.
+        values: as `Samples.targets`, an array.
         classes: label names in the order of the class index; None for regression.
         notes: lines worth telling the user.
     """
 
-    values: torch.Tensor
+    values: NDArray[Any]
     problem: Problem
     classes: list[str] | None
     notes: list[str] = field(default_factory=list)
@@ -61,9 +61,10 @@ def plain_labels(raw: Raw) -> Any:
         DataError: labels are of mixed or unknown types, or have more than two dimensions.
     """
     labels = raw.labels
-    if isinstance(labels, torch.Tensor):
+    if hasattr(labels, "detach"):
         tensor = labels.detach().cpu()
-        labels = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        # NumPy has no bfloat16.
+        labels = (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).numpy()
     elif hasattr(labels, "to_numpy"):
         labels = labels.to_numpy()
     if isinstance(labels, np.ndarray) and labels.dtype.kind in "OUS":
@@ -173,7 +174,7 @@ def _regression(labels: Any, raw: Raw) -> Targets:
             f"{raw.name}: the targets are {len(distinct)} different whole numbers, taken as numbers to predict; "
             f"if they are classes say task='classification'"
         )
-    return Targets(torch.from_numpy(labels.astype(np.float32)), "regression", None, notes)
+    return Targets(labels.astype(np.float32), "regression", None, notes)
 
 
 def _multilabel(labels: Any, raw: Raw, classes: list[str] | None) -> Targets:
@@ -189,7 +190,7 @@ def _multilabel(labels: Any, raw: Raw, classes: list[str] | None) -> Targets:
         if unknown:
             raise _unknown_labels(raw, [name for _, name in unknown], unknown[0][0], names)
         place = {name: position for position, name in enumerate(names)}
-        values = torch.zeros(len(rows), len(names))
+        values = np.zeros((len(rows), len(names)), dtype=np.float32)
         for number, row in enumerate(rows):
             values[number, [place[name] for name in row]] = 1.0
         return Targets(values, "multilabel", names)
@@ -209,7 +210,7 @@ def _multilabel(labels: Any, raw: Raw, classes: list[str] | None) -> Targets:
         notes.append(
             f"{raw.name}: each row of y has exactly one 1; if these are one-hot classes say task='classification'"
         )
-    return Targets(torch.from_numpy(labels.astype(np.float32)), "multilabel", list(names), notes)
+    return Targets(labels.astype(np.float32), "multilabel", list(names), notes)
 
 
 def _classification(labels: Any, raw: Raw, classes: list[str] | None, guessed: bool) -> Targets:
@@ -240,9 +241,7 @@ def _classification(labels: Any, raw: Raw, classes: list[str] | None, guessed: b
         notes.append(
             f"{raw.name}: the labels {listed(names)} are not 0..{len(names) - 1}; they are numbered in this order"
         )
-    return Targets(
-        torch.from_numpy(np.searchsorted(distinct, numbers).astype(np.int64)), "classification", names, notes
-    )
+    return Targets(np.searchsorted(distinct, numbers).astype(np.int64), "classification", names, notes)
 
 
 def _class_numbers(labels: np.ndarray, raw: Raw) -> np.ndarray:
@@ -288,7 +287,7 @@ def _known_numbers(numbers: np.ndarray, raw: Raw, classes: list[str]) -> Targets
             f"{raw.name}: {counted(len(rows), 'label')} outside 0..{len(classes) - 1}, first {numbers[rows[0]]} at "
             f"{raw.where(int(rows[0]))}; the classes are {listed(classes)}"
         )
-    return Targets(torch.from_numpy(numbers), "classification", classes)
+    return Targets(numbers, "classification", classes)
 
 
 def _named_classes(labels: list[str], raw: Raw, classes: list[str] | None, guessed: bool) -> Targets:
@@ -307,7 +306,7 @@ def _named_classes(labels: list[str], raw: Raw, classes: list[str] | None, guess
     if unknown:
         raise _unknown_labels(raw, [labels[row] for row in unknown], unknown[0], classes)
     values = np.fromiter((place[label] for label in labels), dtype=np.int64, count=len(labels))
-    return Targets(torch.from_numpy(values), "classification", list(classes), notes)
+    return Targets(values, "classification", list(classes), notes)
 
 
 def _sorted_names(names: set[str]) -> list[str]:

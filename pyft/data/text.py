@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from pyft.errors import ConfigError, DataError, need
+
+if TYPE_CHECKING:
+    import torch
 
 DEFAULT_MAX_LENGTH = 512
 """Tokens, where neither the tokenizer nor the model names a limit."""
@@ -97,6 +99,12 @@ class TextPreprocess:
             what = "" if wrong is None else f"; row {wrong} is {type(texts[wrong]).__name__}"
             raise DataError(f"texts: expected a list of str{what} ({error})") from None
 
+    def tokens(self, text: str) -> tuple[list[str], list[tuple[int, int]], list[bool]]:
+        """The T tokens of one text as `encode` numbers them: as written, (start, end) of each in the text, and whether
+        the tokenizer added it, as it adds [CLS]."""
+        encoding = self._tokenizer.encode(text)
+        return encoding.tokens, encoding.offsets, [bool(one) for one in encoding.special_tokens_mask]
+
     def collate(self, rows: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
         """`input_ids` and `attention_mask`, both (B, T) int64, padded on the right to the longest row."""
         offsets = np.zeros(len(rows) + 1, dtype=np.int64)
@@ -118,13 +126,21 @@ class TextPreprocess:
 
 
 def gather_tokens(flat: np.ndarray, offsets: np.ndarray, index: np.ndarray, pad_id: int) -> dict[str, torch.Tensor]:
+    """`gather_rows` as Tensors."""
+    # Here and not above: texts become tokens without torch, too.
+    import torch
+
+    return {name: torch.from_numpy(rows) for name, rows in gather_rows(flat, offsets, index, pad_id).items()}
+
+
+def gather_rows(flat: np.ndarray, offsets: np.ndarray, index: np.ndarray, pad_id: int) -> dict[str, np.ndarray]:
     """The texts `index` (B,) out of flat tokens, as `input_ids` and `attention_mask` (B, T) int64, padded on the right.
 
     Args:
         flat: token numbers of all texts, one after the other.
         offsets: (N + 1,): text i is `flat[offsets[i]:offsets[i + 1]]`.
 
-    >>> batch = gather_tokens(np.array([5, 6, 7]), np.array([0, 2, 3]), np.array([1, 0]), 0)
+    >>> batch = gather_rows(np.array([5, 6, 7]), np.array([0, 2, 3]), np.array([1, 0]), 0)
     >>> batch["input_ids"].tolist(), batch["attention_mask"].tolist()
     ([[7, 0], [5, 6]], [[1, 0], [1, 1]])
     """
@@ -134,7 +150,7 @@ def gather_tokens(flat: np.ndarray, offsets: np.ndarray, index: np.ndarray, pad_
     mask = steps[None, :] < lengths[:, None]
     places = np.where(mask, starts[:, None] + steps[None, :], 0)
     tokens = np.where(mask, flat[places], pad_id).astype(np.int64)
-    return {"input_ids": torch.from_numpy(tokens), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
+    return {"input_ids": tokens, "attention_mask": mask.astype(np.int64)}
 
 
 def _load_tokenizer(content: str) -> Any:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pyft.errors import ConfigError, DataError
 from pyft.evaluation.scores import binary_cross_entropy, cross_entropy, predictions_from_logits, to_numpy
 from pyft.evaluation.table import class_lines, confused_lines, values_lines
+from pyft.evaluation.values import classification_values, multilabel_values, ratio, regression_values
 
 MAX_CONFUSION_CLASSES = 4096
 """Above this many classes the (C, C) matrix (134 MB at 4,096) is not kept; every other metric is."""
@@ -241,15 +242,8 @@ class ConfusionCounter:
         precision = ratio(self.correct, self.predicted)
         recall = ratio(self.correct, self.support)
         f1 = ratio(2 * self.correct, self.support + self.predicted)
-        met = (self.support + self.predicted) > 0
-        values = {
-            "accuracy": float(self.correct.sum() / total),
-            "macro_f1": float(f1[met].mean()),
-            "macro_precision": float(precision[met].mean()),
-            "macro_recall": float(recall[met].mean()),
-            "weighted_f1": float((f1 * self.support).sum() / total),
-            "balanced_accuracy": float(recall[self.support > 0].mean()),
-        }
+        found = classification_values(self.correct, self.support, self.predicted)
+        values = {name: float(value) for name, value in found.items()}
         if self._scored == total:
             values["loss"] = self._loss / total
         rows = per_class_rows(self.names, precision, recall, f1, self.support)
@@ -320,15 +314,8 @@ class MultilabelCounter:
         correct, support, predicted = self.correct, self.support, self.predicted
         precision, recall = ratio(correct, predicted), ratio(correct, support)
         f1 = ratio(2 * correct, support + predicted)
-        values = {
-            "exact_match": self._exact / total,
-            "micro_f1": float(ratio(2 * correct.sum(), support.sum() + predicted.sum())),
-            "micro_precision": float(ratio(correct.sum(), predicted.sum())),
-            "micro_recall": float(ratio(correct.sum(), support.sum())),
-            "macro_f1": float(f1.mean()),
-            "macro_precision": float(precision.mean()),
-            "macro_recall": float(recall.mean()),
-        }
+        found = multilabel_values(correct, support, predicted, self._exact, total)
+        values = {name: float(value) for name, value in found.items()}
         if self._scored == total:
             values["loss"] = self._loss / (total * len(self.names))
         false_positive, false_negative = predicted - correct, support - correct
@@ -381,12 +368,9 @@ class RegressionCounter:
             DataError: nothing was counted.
         """
         total = counted(self.total)
-        values = {
-            "rmse": float(np.sqrt(self._squared / total).mean()),
-            "mae": float((self._absolute / total).mean()),
-            "r2": float(self._r2().mean()) if total > 1 else math.nan,
-            "loss": float((self._squared / total).mean()),
-        }
+        constant = self._low == self._high
+        found = regression_values(self._squared, self._absolute, self._variation, constant, total)
+        values = {name: float(value) for name, value in found.items()}
         return Metrics("regression", values, total)
 
     def _merge(self, number: int, mean: NDArray[np.float64], variation: NDArray[np.float64]) -> None:
@@ -395,11 +379,6 @@ class RegressionCounter:
         self._variation = self._variation + variation + step**2 * (self.total * number / total)
         self._mean = self._mean + step * (number / total)
         self.total = total
-
-    def _r2(self) -> NDArray[np.float64]:
-        constant = self._low == self._high
-        explained = 1 - self._squared / np.where(constant, 1.0, self._variation)
-        return np.where(constant, (self._squared == 0).astype(np.float64), explained)
 
 
 def class_names(classes: Sequence[str] | int) -> list[str]:
@@ -412,12 +391,6 @@ def class_names(classes: Sequence[str] | int) -> list[str]:
     if not names:
         raise ConfigError("classes must hold at least one class, got none")
     return names
-
-
-def ratio(part: Any, whole: Any) -> NDArray[np.float64]:
-    """part / whole in float64, with 0 / 0 = 0."""
-    part, whole = np.asarray(part, np.float64), np.asarray(whole, np.float64)
-    return np.divide(part, whole, out=np.zeros_like(part), where=whole != 0)
 
 
 def counted(total: int) -> int:

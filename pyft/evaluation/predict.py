@@ -60,7 +60,11 @@ def predict_logits(call: Callable[[Any], Any], batches: Iterable[Batch]) -> Iter
 
 
 def evaluate_batches(
-    call: Callable[[Any], Any], batches: Iterable[Batch], problem: str, classes: Sequence[str] | int | None = None
+    call: Callable[[Any], Any],
+    batches: Iterable[Batch],
+    problem: str,
+    classes: Sequence[str] | int | None = None,
+    watch: Callable[[Predictions], None] | None = None,
 ) -> Metrics:
     """The metrics of a model on labelled batches, streaming.
 
@@ -68,6 +72,7 @@ def evaluate_batches(
         call, batches: as for `predict_logits`.
         problem: "classification", "multilabel" or "regression".
         classes: names (or number) of the classes in the order of the class index; None for regression.
+        watch: is given each batch after it was counted, so that one pass serves for more than metrics.
 
     Raises:
         DataError: no batch, batches without labels, or logits that are not finite.
@@ -78,6 +83,8 @@ def evaluate_batches(
         if prediction.targets is None:
             raise DataError("the data has no labels, so it cannot be evaluated: give a label column, or use predict")
         counter.update(prediction.targets, prediction.logits)
+        if watch is not None:
+            watch(prediction)
     return counter.metrics()
 
 

@@ -1,11 +1,9 @@
-"""Write a model as one ONNX file that carries its labels and has been run before it appears."""
+"""Write a module as one ONNX file that carries its labels and has been run before it appears."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,10 +11,16 @@ from typing import Any
 
 import torch
 
-from pyft.core.files import write_atomic
 from pyft.errors import ConfigError, ExportError, need
+from pyft.export.detection import DetectionCaller, Suppression, boxes_behind, check_boxes
+from pyft.export.front import Form, front_of
+from pyft.export.graph import Graph, put_before, put_behind
+from pyft.export.metadata import dumps, found_entries, given_entries, resolve
+from pyft.export.onnx_file import OnnxFile, store_once
+from pyft.export.outputs import in_unit, outputs_of
 from pyft.export.parity import BATCH_SIZES, check_parity
-from pyft.export.run import OnnxModel, first_line
+from pyft.export.plain_weights import plain_weights
+from pyft.export.run import OnnxModel
 from pyft.export.shapes import (
     FreeDims,
     Inputs,
@@ -29,53 +33,47 @@ from pyft.export.shapes import (
 )
 from pyft.export.trace import Caller, check_graph, clean, trace
 from pyft.samples import Batch
-from pyft.version import __version__
-
-FORMAT = "1"
-PROBLEMS = ("classification", "multilabel", "regression")
-KINDS = {"text": "text", "image": "image", "tabular": "array", "array": "array"}
-
-MAX_BYTES = 2**31 - 2**20
-"""A protobuf message, and so one ONNX file, holds less than 2 GiB."""
 
 VERIFY_BATCH = 8
 
-RESERVED = {
-    *("pyft.format", "pyft.version", "pyft.task", "pyft.kind", "pyft.classes", "pyft.preprocess"),
-    *("pyft.inputs", "pyft.outputs", "pyft.notes", "torch.version", "onnx.version", "transformers.version"),
-}
 
-
-def export_onnx(
+def export_module(
     model: torch.nn.Module,
     example: torch.Tensor | Mapping[str, torch.Tensor],
     path: str | os.PathLike[str],
     *,
+    inputs: Form = "tensor",
     classes: Sequence[str] | None = None,
     task: str | None = None,
     kind: str | None = None,
     preprocess: Mapping[str, Any] | None = None,
+    target: Mapping[str, Any] | None = None,
+    detection: Mapping[str, Any] | None = None,
     metadata: Mapping[str, Any] | None = None,
     opset: int | None = None,
 ) -> Path:
-    """Export a model to one ONNX file, after running it in onnxruntime in batches of 1, 2 and 7 against PyTorch.
+    """Export a model to an ONNX file, after running it in onnxruntime in batches of 1, 2 and 7 against PyTorch.
 
     The model is exported in eval mode; every module's mode is put back afterwards, and random number generators are
     left as they were. The batch size is free. The length of token inputs (B, T) and of sequences (B, T, F) is free
-    where the model allows it; where not, a warning and the entry `pyft.notes` of the file say so. The same model and
-    example give the same bytes.
+    where the model allows it; where not, a warning and the entry `pyft.notes` of the file say so. LoRA layers are
+    merged and parametrisations folded on a copy. The same model and example give the same bytes.
 
     Args:
         model: float32 weights; called as `model(x)`, or `model(**inputs)` when `example` is a dict. Gives logits
-            (B, ...) as a Tensor, as `.logits`, or first in a tuple.
-        example: Tensor (B, ...) or dict of Tensors, B >= 1: a real batch. Inputs of the file get the names of the
-            dict, or "input"; the output is "logits".
-        path: where to write; appears whole or not at all.
+            (B, ...) as a Tensor, as `.logits`, or first in a tuple; for detection `boxes` and `logits`.
+        example: Tensor (B, ...) or dict of Tensors, B >= 1: a real batch, as the model takes it.
+        path: where to write; appears whole or not at all. Weights of 2 GiB and more go to <path>.data beside it.
+        inputs: "tensor": the file takes what the model takes, by the names of the dict, or "input". "raw" and
+            "strings": what `preprocess` takes, see `pyft.export.front`.
         classes: names in the order of the last dimension of the logits.
-        task: "classification", "multilabel", "regression", also with a kind in front ("text-classification").
-            Default: "classification" where there are classes, else not recorded.
+        task: "classification", "multilabel", "regression" or "detection", also with a kind in front
+            ("text-classification"). Default: "classification" where there are classes, else not recorded, and the
+            file gives logits only.
         kind: "text", "image" or "array"; default: from `preprocess`, `task` or the example.
         preprocess: JSON-able spec of what turns raw inputs into `example`.
+        target: for regression {"mean": ..., "std": ...}: the value is logits * std + mean.
+        detection: for detection, see `pyft.export.detection.Suppression`.
         metadata: further entries, text or JSON-able.
         opset: ONNX operator set; default: the one that torch recommends.
 
@@ -83,36 +81,51 @@ def export_onnx(
         The path.
 
     Raises:
-        ExportError: the model cannot be traced with a free batch size, is too large for one file, or the file
-            does not behave like the model.
+        ExportError: the model cannot be traced with a free batch size, or the file does not behave like the model.
         ConfigError: an argument does not fit.
         MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
     """
-    onnx = need("onnx", "onnx", "exporting to ONNX")
-    need("onnxscript", "onnx", "exporting to ONNX")
-    need("onnxruntime", "onnx", "checking the exported ONNX file")
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        need(package, "onnx", "exporting to ONNX")
     path = Path(path)
     if path.is_dir():
         raise ConfigError(f"path must be a file, got the folder {path}: name the file, as in {path / 'model.onnx'}")
     _check_weights(model)
     device = next((p.device for p in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
-    inputs = {name: value.detach().to(device) for name, value in named_inputs(example).items()}
-    problem, kind = _resolve(task, kind, classes, preprocess, inputs)
-    given = _given_entries(problem, kind, classes, preprocess, metadata)
+    tensors = {name: value.detach().to(device) for name, value in named_inputs(example).items()}
+    problem, kind = resolve(task, kind, classes, preprocess, tensors)
+    given = given_entries(problem, kind, classes, preprocess, metadata)
+    suppression = Suppression.of(problem, detection)
+    front = front_of(inputs, preprocess, list(tensors))
+    names = list(tensors) if isinstance(example, Mapping) else None
     with _eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        caller = Caller(model, list(inputs) if isinstance(example, Mapping) else None).eval()
-        logits = check_batches(caller, inputs, BATCH_SIZES)
+        make = Caller if suppression is None else DetectionCaller
+        caller = make(model, names).eval()
+        logits = check_batches(caller.logits, tensors, BATCH_SIZES)
         _check_classes(classes, logits)
-        proto, free = trace(caller, inputs, find_free_dims(caller, inputs), opset)
-        clean(proto)
-        check_graph(proto)
-        for key, value in sorted({**_found_entries(model, proto, free, onnx.__version__), **given}.items()):
+        proto, free = _traced(caller, make(plain_weights(model), names).eval(), tensors, opset)
+        if front is not None:
+            # Behind the front the model's own inputs cannot be fed any more.
+            _verify(caller, proto, tensors, free, path)
+        _join(proto, front, problem, classes, target, suppression)
+        entries = {**found_entries(model, proto, free, inputs, kind), **given}
+        if suppression is not None:
+            entries["pyft.detection"] = dumps(suppression.to_dict())
+        if target is not None:
+            entries["pyft.target_scale"] = dumps(dict(target), "target")
+        for key, value in sorted(entries.items()):
             proto.metadata_props.add(key=key, value=value)
-        content = _serialize(onnx, proto)
-        _verify(caller, content, inputs, free)
+        file = OnnxFile(proto, path)
+        try:
+            if front is None:
+                _compare(caller, file.model, tensors, free, problem=problem, classes=classes, target=target)
+            done = file.put()
+        except BaseException:
+            file.discard()
+            raise
     for note in free.notes:
         warnings.warn(f"{path.name}: {note}", UserWarning, stacklevel=2)
-    return write_atomic(path, lambda file: file.write(content))
+    return done
 
 
 @contextlib.contextmanager
@@ -130,44 +143,11 @@ def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _check_weights(model: torch.nn.Module) -> None:
-    size = 0
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         if value.is_floating_point() and value.element_size() < 4:
             raise ConfigError(
                 f"model: '{name}' is {value.dtype}; ONNX export takes float32 weights: call model.float() first"
             )
-        size += value.numel() * value.element_size()
-    if size > MAX_BYTES:
-        raise ExportError(
-            f"the model holds {size / 2**30:.2f} GiB of weights, and one ONNX file holds less than "
-            f"{MAX_BYTES / 2**30:.2f} GiB: export a smaller model"
-        )
-
-
-def _resolve(
-    task: str | None,
-    kind: str | None,
-    classes: Sequence[str] | None,
-    preprocess: Mapping[str, Any] | None,
-    inputs: Inputs,
-) -> tuple[str, str]:
-    """The problem ("" when not known) and the kind."""
-    front, _, problem = (task or "").rpartition("-")
-    if task and (problem not in PROBLEMS or (front and front not in KINDS)):
-        raise ConfigError(f"task must be one of {', '.join(PROBLEMS)}, or as in 'text-classification', got {task!r}")
-    if not task and classes is not None:
-        problem = "classification"
-    named = kind or (preprocess or {}).get("kind") or front
-    if named and named not in KINDS:
-        raise ConfigError(f"kind must be 'text', 'image' or 'array', got {named!r}")
-    return problem, KINDS[named] if named else _guess_kind(inputs)
-
-
-def _guess_kind(inputs: Inputs) -> str:
-    if "input_ids" in inputs:
-        return "text"
-    first = next(iter(inputs.values()))
-    return "image" if first.ndim == 4 and first.shape[1] in (1, 3, 4) else "array"
 
 
 def _check_classes(classes: Sequence[str] | None, logits: torch.Tensor) -> None:
@@ -175,79 +155,57 @@ def _check_classes(classes: Sequence[str] | None, logits: torch.Tensor) -> None:
         raise ConfigError(f"classes holds {len(classes)} names, but the model gives logits {tuple(logits.shape)}")
 
 
-def _given_entries(
+def _traced(caller: Caller, plain: Caller, inputs: Inputs, opset: int | None) -> tuple[Any, FreeDims]:
+    """The graph of the model alone, and its free dimensions."""
+    proto, free = trace(plain, inputs, find_free_dims(caller.logits, inputs), opset)
+    clean(proto)
+    check_graph(proto)
+    store_once(proto)
+    return proto, free
+
+
+def _join(
+    proto: Any,
+    front: Graph | None,
     problem: str,
-    kind: str,
     classes: Sequence[str] | None,
-    preprocess: Mapping[str, Any] | None,
-    metadata: Mapping[str, Any] | None,
-) -> dict[str, str]:
-    """The metadata that the caller gives."""
-    entries = {"pyft.task": problem, "pyft.kind": kind}
-    if classes is not None:
-        entries["pyft.classes"] = _dumps([str(name) for name in classes])
-    if preprocess is not None:
-        entries["pyft.preprocess"] = _dumps(dict(preprocess), "preprocess")
-    for key, value in (metadata or {}).items():
-        if key in RESERVED:
-            raise ConfigError(f"metadata: pyft writes {key!r} itself: choose another key")
-        entries[key] = value if isinstance(value, str) else _dumps(value)
-    return entries
+    target: Mapping[str, Any] | None,
+    suppression: Suppression | None,
+) -> None:
+    """Put the preprocessing before the model, and scores, labels, values or boxes behind it."""
+    if front is not None:
+        put_before(proto, front)
+    logits = next(value for value in proto.graph.output if value.name == "logits")
+    shape = [dim.dim_param or dim.dim_value for dim in logits.type.tensor_type.shape.dim]
+    if suppression is not None:
+        put_behind(proto, boxes_behind(suppression, shape, classes, front))
+        return
+    tail = outputs_of(problem, shape, classes, target)
+    if tail is not None:
+        put_behind(proto, tail)
 
 
-def run_metadata(run: str, columns: Sequence[str] | None) -> dict[str, Any]:
-    """What `metadata` says of a run: its name, and the table columns that the model takes."""
-    return {"pyft.run": run} if columns is None else {"pyft.run": run, "pyft.columns": list(columns)}
-
-
-def _found_entries(model: torch.nn.Module, proto: Any, free: FreeDims, onnx_version: str) -> dict[str, str]:
-    """The metadata that the model, the graph and this machine give. No time and no path: same model, same bytes."""
-    entries = {
-        "pyft.format": FORMAT,
-        "pyft.version": __version__,
-        "pyft.inputs": _dumps([_described(value) for value in proto.graph.input]),
-        "pyft.outputs": _dumps([_described(value) for value in proto.graph.output]),
-        "pyft.notes": _dumps(free.notes),
-        "torch.version": str(torch.__version__),
-        "onnx.version": onnx_version,
-    }
-    if any(type(module).__module__.startswith("transformers.") for module in model.modules()):
-        entries["transformers.version"] = sys.modules["transformers"].__version__
-    return entries
-
-
-def _dumps(value: Any, argument: str = "metadata") -> str:
+def _verify(caller: Caller, proto: Any, inputs: Inputs, free: FreeDims, path: Path) -> None:
+    """Compare the graph of the model alone, on a copy, as weights that are moved to a file leave the proto."""
+    copy = type(proto)()
+    copy.CopyFrom(proto)
+    file = OnnxFile(copy, path)
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{argument} must be JSON-able: {error}") from None
+        _compare(caller, file.model, inputs, free)
+    finally:
+        file.discard()
 
 
-def _described(value: Any) -> dict[str, Any]:
-    tensor = value.type.tensor_type
-    numpy_type = need("onnx.helper", "onnx", "exporting to ONNX").tensor_dtype_to_np_dtype(tensor.elem_type)
-    return {
-        "name": value.name,
-        "dtype": str(numpy_type),
-        "shape": [dim.dim_param or dim.dim_value for dim in tensor.shape.dim],
-    }
-
-
-def _serialize(onnx: Any, proto: Any) -> bytes:
-    size = proto.ByteSize()
-    if size > MAX_BYTES:
-        raise ExportError(
-            f"the ONNX graph takes {size / 2**30:.2f} GiB, and one file holds less than {MAX_BYTES / 2**30:.2f} GiB: "
-            "export a smaller model"
-        )
-    try:
-        onnx.checker.check_model(proto, full_check=True)
-    except Exception as error:
-        raise ExportError(f"the exported graph is not valid ONNX: {first_line(error)}") from error
-    return proto.SerializeToString(deterministic=True)
-
-
-def _verify(caller: Caller, content: bytes, inputs: Inputs, free: FreeDims) -> None:
+def _compare(
+    caller: Caller,
+    model: OnnxModel,
+    inputs: Inputs,
+    free: FreeDims,
+    *,
+    problem: str = "",
+    classes: Sequence[str] | None = None,
+    target: Mapping[str, Any] | None = None,
+) -> None:
     """Run the file on the example in batches of 1, 2, 7 and more, and with other lengths."""
     variants = [inputs]
     for group in free.lengths():
@@ -260,11 +218,15 @@ def _verify(caller: Caller, content: bytes, inputs: Inputs, free: FreeDims) -> N
         batch = rows["input"] if lone else rows
         batches.append(Batch(batch, None, torch.arange(len(next(iter(rows.values()))))))
     parity = check_parity(
-        lambda batch: caller(*([batch] if lone else batch.values())),
-        OnnxModel(content),
+        lambda batch: caller.logits(*([batch] if lone else batch.values())),
+        model,
         batches,
-        problem="regression",
+        problem=problem if problem in ("classification", "multilabel") else "regression",
+        classes=classes,
+        to_value=None if target is None else lambda logits: in_unit(logits, target),
         raises=False,
     )
     if not parity.passed:
         raise ExportError(f"the exported graph does not behave like the model on the example: {parity.failure}")
+    if isinstance(caller, DetectionCaller):
+        check_boxes(caller, model, take_rows(inputs, VERIFY_BATCH))

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyft.errors import ConfigError, ExportError, need
+from pyft.errors import ConfigError, ExportError, MissingExtraError, need
 
 CPU = "CPUExecutionProvider"
+INPUTS_FORMS = ("raw", "tensor", "strings")
 
 DTYPES = {
     "tensor(float)": np.float32,
@@ -27,7 +28,11 @@ DTYPES = {
     "tensor(int8)": np.int8,
     "tensor(uint8)": np.uint8,
     "tensor(bool)": np.bool_,
+    "tensor(string)": np.object_,
 }
+
+EXTENSION_OPS = "ai.onnx.contrib"
+"""The domain of onnxruntime-extensions' operators, such as tokenizers."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +45,15 @@ class OnnxMeta:
         classes: names in the order of the logits, or None.
         preprocess: the preprocessing spec (JSON object), or None.
         columns: names of the table columns behind the input's features, or None.
+        target_scale: {"mean": [...], "std": [...]}, where the logits are (y - mean) / std of the targets; else None.
         notes: lines about the export, such as a dimension that had to be fixed.
         versions: package to version, of the machine that exported.
         extra: every metadata entry of the file, as text.
+        inputs_form: "raw" (pictures, padded tokens, named columns as they are), "strings" (texts), or "tensor" (what
+            the model takes after preprocessing; also where the file says nothing).
+        precision: "fp32", "fp16" or "int8".
+        weights_hash, data_hash: SHA-256 of the model's weights and fingerprint of its data, or "".
+        metrics: the metrics at export, name to value, or None.
     """
 
     task: str = ""
@@ -50,9 +61,15 @@ class OnnxMeta:
     classes: list[str] | None = None
     preprocess: dict[str, Any] | None = None
     columns: list[str] | None = None
+    target_scale: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     extra: dict[str, str] = field(default_factory=dict)
+    inputs_form: str = "tensor"
+    precision: str = "fp32"
+    weights_hash: str = ""
+    data_hash: str = ""
+    metrics: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -108,9 +125,26 @@ class OnnxModel:
             ConfigError: a name, dtype or shape that the file does not take.
             ExportError: onnxruntime failed on these inputs.
         """
-        feed = self._feed(inputs)
+        return self.run(inputs, [self.output])[self.output]
+
+    def run(self, feed: Any, outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+        """The outputs of the file by name.
+
+        Args:
+            feed: as for a call.
+            outputs: names of those wanted; default: all.
+
+        Raises:
+            ConfigError: as for a call, or an output that the file does not give.
+            ExportError: onnxruntime failed on these inputs.
+        """
+        there = [value.name for value in self.outputs]
+        wanted = there if outputs is None else list(outputs)
+        if missing := [name for name in wanted if name not in there]:
+            raise ConfigError(f"{self._named()} gives the outputs {', '.join(there)}, not {', '.join(missing)}")
+        feed = self._feed(feed)
         try:
-            return self.session.run([self.output], feed)[0]
+            return dict(zip(wanted, self.session.run(wanted, feed), strict=True))
         except Exception as error:
             shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in feed.items())
             raise ExportError(f"{self._named()} failed in onnxruntime on {shapes}: {first_line(error)}") from error
@@ -158,10 +192,26 @@ def read_meta(entries: Mapping[str, str], source: str) -> OnnxMeta:
         classes=None if classes is None else [str(name) for name in classes],
         preprocess=_json(entries, "pyft.preprocess", dict, source),
         columns=None if columns is None else [str(name) for name in columns],
+        target_scale=_json(entries, "pyft.target_scale", dict, source),
         notes=_json(entries, "pyft.notes", list, source) or [],
         versions={k.removesuffix(".version"): v for k, v in entries.items() if k.endswith(".version")},
         extra=dict(entries),
+        inputs_form=_inputs_form(entries, source),
+        precision=entries.get("pyft.precision", "fp32"),
+        weights_hash=entries.get("pyft.weights_hash", ""),
+        data_hash=entries.get("pyft.data_hash", ""),
+        metrics=_json(entries, "pyft.metrics", dict, source),
     )
+
+
+def _inputs_form(entries: Mapping[str, str], source: str) -> str:
+    form = entries.get("pyft.inputs_form", "tensor")
+    if form not in INPUTS_FORMS:
+        raise ExportError(
+            f"{source}: the metadata entry pyft.inputs_form is {form!r}, expected {', '.join(INPUTS_FORMS)}: the file "
+            f"was made by another version of pyft ({entries.get('pyft.version', 'unknown')})"
+        )
+    return form
 
 
 def first_line(error: BaseException) -> str:
@@ -174,22 +224,17 @@ def _open(runtime: Any, path: Any, provider: str, threads: int | None) -> Any:
     there = runtime.get_available_providers()
     if provider not in there:
         raise ExportError(f"onnxruntime {runtime.__version__} has no {provider} here; it has {', '.join(there)}")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = default_threads() if threads is None else threads
-    if "torch" in sys.modules:
-        # Spinning threads take the CPU from torch's while the two take turns: 1.5x slower on 2 cores.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # Level 3 is errors: they come as exceptions, and warnings about its own optimiser help nobody.
-    options.log_severity_level = 3
     try:
-        session = runtime.InferenceSession(
-            path if isinstance(path, bytes) else str(path), sess_options=options, providers=[provider]
-        )
+        session = _session(runtime, path, provider, threads, extensions=False)
     except Exception as error:
-        name = "the ONNX model" if isinstance(path, bytes) else f"{path} ({os.path.getsize(path):,} bytes)"
-        raise ExportError(
-            f"{name} cannot be opened: it is damaged, cut short or not ONNX: {first_line(error)}. Export it again"
-        ) from error
+        if EXTENSION_OPS not in str(error):
+            raise _cannot_open(path, error) from error
+        try:
+            session = _session(runtime, path, provider, threads, extensions=True)
+        except MissingExtraError:
+            raise
+        except Exception as again:
+            raise _cannot_open(path, again) from again
     # onnxruntime goes on with the CPU when a provider cannot start.
     if session.get_providers()[0] != provider:
         raise ExportError(f"{provider} did not start, onnxruntime would run {', '.join(session.get_providers())}")
@@ -197,9 +242,33 @@ def _open(runtime: Any, path: Any, provider: str, threads: int | None) -> Any:
     return session
 
 
+def _session(runtime: Any, path: Any, provider: str, threads: int | None, *, extensions: bool) -> Any:
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = default_threads() if threads is None else threads
+    if "torch" in sys.modules:
+        # Spinning threads take the CPU from torch's while the two take turns: 1.5x slower on 2 cores.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Level 3 is errors: they come as exceptions, and warnings about its own optimiser help nobody.
+    options.log_severity_level = 3
+    if extensions:
+        library = need("onnxruntime_extensions", "text-graph", "running a file that takes texts as strings")
+        options.register_custom_ops_library(library.get_library_path())
+    model = path if isinstance(path, bytes) else str(path)
+    return runtime.InferenceSession(model, sess_options=options, providers=[provider])
+
+
+def _cannot_open(path: Any, error: Exception) -> ExportError:
+    name = "the ONNX model" if isinstance(path, bytes) else f"{path} ({os.path.getsize(path):,} bytes)"
+    return ExportError(
+        f"{name} cannot be opened: it is damaged, cut short or not ONNX: {first_line(error)}. Export it again"
+    )
+
+
 def _fitted(value: OnnxValue, given: Any) -> NDArray[Any]:
     array = given.detach().cpu().numpy() if hasattr(given, "detach") else np.asarray(given)
-    if array.dtype != value.dtype:
+    if value.dtype == np.object_:
+        array = _strings(value.name, array)
+    elif array.dtype != value.dtype:
         # An integer fed to a floating-point input is most often a picture that was not normalised.
         if array.dtype.kind not in "iu" or value.dtype.kind not in "iu" or not np.can_cast(array.dtype, value.dtype):
             raise ConfigError(f"input '{value.name}' must be {value.dtype}, got {array.dtype}")
@@ -212,6 +281,12 @@ def _fitted(value: OnnxValue, given: Any) -> NDArray[Any]:
     if array.ndim and not array.shape[0]:
         raise ConfigError(f"input '{value.name}' holds no sample: its batch size is 0")
     return np.ascontiguousarray(array)
+
+
+def _strings(name: str, array: NDArray[Any]) -> NDArray[Any]:
+    if array.dtype.kind not in "OU" or not all(isinstance(text, str) for text in array.flat):
+        raise ConfigError(f"input '{name}' must be strings, got {array.dtype}")
+    return array.astype(np.object_)
 
 
 def _value(item: Any) -> OnnxValue:

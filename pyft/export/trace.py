@@ -16,6 +16,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 
 from pyft.errors import ConfigError, ExportError
+from pyft.export.graph import graphs
 from pyft.export.run import first_line
 from pyft.export.shapes import FreeDims, Inputs, trace_inputs
 
@@ -47,20 +48,31 @@ class Caller(torch.nn.Module):
     Args:
         model: called as `model(x)` for a lone Tensor and as `model(**inputs)` for a dict.
         names: the input names of a dict, or None.
+
+    Attributes:
+        outputs: names in the graph of what it gives.
     """
+
+    outputs: tuple[str, ...] = ("logits",)
 
     def __init__(self, model: torch.nn.Module, names: Sequence[str] | None) -> None:
         super().__init__()
         self.model = model
         self.names = None if names is None else tuple(names)
 
-    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+    def forward(self, *tensors: torch.Tensor) -> Any:
         """Tensors (B, ...) to logits (B, ...)."""
+        return logits_of(self.call(*tensors))
+
+    def logits(self, *tensors: torch.Tensor) -> torch.Tensor:
+        """Tensors (B, ...) to logits (B, ...), whatever else the graph gives."""
+        return self(*tensors)
+
+    def call(self, *tensors: torch.Tensor) -> Any:
+        """Whatever the model gives."""
         if self.names is None:
-            output = self.model(*tensors)
-        else:
-            output = self.model(**dict(zip(self.names, tensors, strict=True)))
-        return logits_of(output)
+            return self.model(*tensors)
+        return self.model(**dict(zip(self.names, tensors, strict=True)))
 
 
 def logits_of(output: Any) -> torch.Tensor:
@@ -90,7 +102,7 @@ def trace(caller: Caller, inputs: Inputs, free: FreeDims, opset: int | None) -> 
         ExportError: the model cannot be traced with a free batch size.
     """
     try:
-        return _trace(caller, inputs, free, opset), free
+        return traced_program(caller, inputs, free, opset).model_proto, free
     except Exception as error:
         if not free.lengths():
             raise _explained(error) from error
@@ -101,9 +113,27 @@ def trace(caller: Caller, inputs: Inputs, free: FreeDims, opset: int | None) -> 
         size = inputs[name].shape[dim]
         fixed.notes.append(f"dimension {dim} of '{name}' is fixed at {size}: it cannot be exported free: {reason}")
     try:
-        return _trace(caller, inputs, fixed, opset), fixed
+        return traced_program(caller, inputs, fixed, opset).model_proto, fixed
     except Exception as error:
         raise _explained(error) from error
+
+
+def traced_program(caller: Caller, inputs: Inputs, free: FreeDims, opset: int | None) -> Any:
+    """The ONNXProgram of a model: its graph, and the ExportedProgram that the graph was made of."""
+    example = trace_inputs(inputs, free)
+    with quiet():
+        program = torch.onnx.export(
+            caller,
+            tuple(example.values()),
+            dynamo=True,
+            verbose=False,
+            input_names=list(inputs),
+            output_names=list(caller.outputs),
+            dynamic_shapes=(tuple(free.names[name] for name in inputs),),
+            opset_version=opset,
+        )
+        assert program is not None
+        return program
 
 
 def clean(proto: Any) -> None:
@@ -148,15 +178,6 @@ def check_graph(proto: Any) -> None:
             )
 
 
-def graphs(graph: Any) -> Iterator[Any]:
-    """A GraphProto and all graphs inside its nodes."""
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
-                yield from graphs(inner)
-
-
 def cause(error: BaseException) -> str:
     """The first real cause of an exporter's error, on one line."""
     error = _root(error)
@@ -184,23 +205,6 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in levels.items():
             logger.setLevel(level)
-
-
-def _trace(caller: Caller, inputs: Inputs, free: FreeDims, opset: int | None) -> Any:
-    example = trace_inputs(inputs, free)
-    with quiet():
-        program = torch.onnx.export(
-            caller,
-            tuple(example.values()),
-            dynamo=True,
-            verbose=False,
-            input_names=list(inputs),
-            output_names=["logits"],
-            dynamic_shapes=(tuple(free.names[name] for name in inputs),),
-            opset_version=opset,
-        )
-        assert program is not None
-        return program.model_proto
 
 
 def _place(error: BaseException) -> str:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from pyft.errors import ConfigError
 from pyft.freezing.entries import Entries
+from pyft.ops.distributed import is_distributed
 
 PARTS = "_pyft_parts"
 SUFFIX = "_part"
@@ -74,7 +76,16 @@ class Part:
 
         The part is what an optimizer writes, so it wins; but a weight that alone was written, or replaced, by hand or
         by a load, is the newer.
+
+        Raises:
+            ConfigError: one of them is spread over processes.
         """
+        if is_distributed(full) or is_distributed(part):
+            raise ConfigError(
+                f"the weight of shape {tuple(full.shape)} of which a part trains was spread over processes by "
+                "fully_shard, which would spread the part as other rows; use DistributedDataParallel, or train whole "
+                "parameters"
+            )
         if self.shares(full, part):
             return
         watch_steps()

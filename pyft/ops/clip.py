@@ -49,11 +49,15 @@ def agc_factors(
     A row that is not finite has the factor 1.
     """
     sums = _as_rows(grad).to(torch.float64).square().sum(1)
-    norms = sums.sqrt()
     param_norms = torch.linalg.vector_norm(_as_rows(param), 2.0, dim=1, dtype=torch.float64)
-    limit = clipping * param_norms.to(grad.device).clamp(min=eps)
+    return sums, row_factors(sums.sqrt(), param_norms.to(grad.device), clipping, eps)
+
+
+def row_factors(norms: torch.Tensor, param_norms: torch.Tensor, clipping: float, eps: float) -> torch.Tensor:
+    """The factors of `agc_factors` from the norms of rows of a gradient and of its parameter, (rows,) float64 each."""
+    limit = clipping * param_norms.clamp(min=eps)
     clipped = (norms > limit) & norms.isfinite() & limit.isfinite()
-    return sums, torch.where(clipped, limit / norms, 1.0)
+    return torch.where(clipped, limit / norms, 1.0)
 
 
 def agc_grads_reference_(

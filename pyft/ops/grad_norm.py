@@ -57,18 +57,19 @@ def _sum_in_fixed_order(x: torch.Tensor) -> torch.Tensor:
     return x.sum()
 
 
-def _result_dtype(grads: Sequence[torch.Tensor]) -> torch.dtype:
+def result_dtype(grads: Sequence[torch.Tensor]) -> torch.dtype:
+    """float64 if any of them is, else float32."""
     return torch.float64 if any(grad.dtype == torch.float64 for grad in grads) else torch.float32
 
 
 def grad_norm_reference(grads: Sequence[torch.Tensor], norm_type: float = 2.0) -> torch.Tensor:
     """The same as `grad_norm` in PyTorch, for any floating dtype, layout and device; accumulates in float64."""
     with torch.no_grad():
-        return norm_float64(grads, norm_type).to(_result_dtype(grads))
+        return norm_float64(grads, norm_type).to(result_dtype(grads))
 
 
 def _fake(grads: Sequence[torch.Tensor], norm_type: float = 2.0) -> torch.Tensor:
-    return torch.empty((), dtype=_result_dtype(grads), device=grads[0].device if grads else "cpu")
+    return torch.empty((), dtype=result_dtype(grads), device=grads[0].device if grads else "cpu")
 
 
 LIBRARY.impl("grad_norm", grad_norm_reference, "CompositeExplicitAutograd")

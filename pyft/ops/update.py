@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyft.ops import rounding
+from pyft.ops.distributed import is_distributed
 from pyft.ops.grad_norm import core_takes
 from pyft.ops.library import LIBRARY, define
 from pyft.ops.rules import NEVER_NEGATIVE, RULES, Rule, hyper_by_name
@@ -232,11 +232,10 @@ def check_parameter(param: Tensor, name: str) -> None:
         TypeError: sparse, complex or integer, or spread over processes (DTensor), whose memory is not its own.
         ValueError: several elements share one place in memory (an expanded tensor).
     """
-    distributed = sys.modules.get("torch.distributed.tensor")
-    if distributed is not None and isinstance(param, distributed.DTensor):
+    if is_distributed(param):
         raise TypeError(
-            f"{name} is a DTensor, as fully_shard makes them, which pyft.optim does not take yet: use torch.optim with "
-            "fully_shard, or pyft.optim with DistributedDataParallel"
+            f"{name} is a DTensor, as fully_shard makes them; give the to_local() of parameter, gradient and state, or "
+            "use an optimizer of pyft.optim, which does"
         )
     if param.layout != torch.strided or not param.dtype.is_floating_point:
         kind = "sparse" if param.layout != torch.strided else str(param.dtype)

@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from pyft.ops.rules import RULES, Rule
+from pyft.optim import shards
 from pyft.optim import state as state_of
 from pyft.optim.base import CoreOptimizer
 from pyft.optim.checks import at_least_zero
@@ -65,6 +66,14 @@ class Adafactor(CoreOptimizer):
             raise ValueError(f"state_dtype of Adafactor must be 'float32', got {options['state_dtype']!r}: it is small")
         defaults = {"lr": lr, "beta2_decay": beta2_decay, "eps": eps, "d": d}
         super().__init__(params, {**defaults, "weight_decay": weight_decay, "maximize": maximize}, dict(options))
+
+    def _check_parameter(self, param: Any, name: str) -> None:
+        super()._check_parameter(param, name)
+        if shards.cut_dims(param):
+            raise TypeError(
+                f"{name} is spread over processes as {param.placements}, and Adafactor takes means over whole tensors; "
+                "use AdamW with state_dtype='int8' where memory is short, or Adafactor with DistributedDataParallel"
+            )
 
     def _check_group(self, group: dict[str, Any]) -> None:
         if not float(group["beta2_decay"]) <= 0.0:

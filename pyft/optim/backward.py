@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from pyft.core.loader import load_core
+from pyft.ops.distributed import is_distributed
 from pyft.ops.grad_norm import core_takes
 from pyft.ops.handles import handles_available, tensor_handles
+from pyft.optim import shards
 
 if TYPE_CHECKING:
     from pyft.optim.device_plan import DevicePlan
@@ -37,9 +39,9 @@ class BackwardNorms:
 
     def watch(self, params: Iterable[Tensor]) -> None:
         """Take the norms of these parameters, too. Those that do not require a gradient are passed over."""
-        for param in params:
-            if param.requires_grad:
-                self._handles.append(param.register_post_accumulate_grad_hook(self._take))
+        params = [param for param in params if param.requires_grad]
+        refuse_several_processes(params, "norm_in_backward", "take norms")
+        self._handles += [param.register_post_accumulate_grad_hook(self._take) for param in params]
 
     def remove(self) -> None:
         """Take no more norms."""
@@ -58,7 +60,8 @@ class BackwardNorms:
             seen = self._seen[id(param)] = self._seen.get(id(param), 0) + 1
             if seen % self.accumulate != 0:
                 return
-        grad = param.grad
+        refuse_several_processes([param], "norm_in_backward", "take norms")
+        grad = None if param.grad is None else shards.local_gradient(param, param.grad)
         core = load_core() if handles_available() else None
         if grad is None or core is None or not (grad.is_cpu and core_takes(grad)):
             return
@@ -103,7 +106,8 @@ def norm_in_backward(
         A handle: `remove()` ends it, as does leaving it as a context manager.
 
     Raises:
-        ValueError: `accumulate` is below 1.
+        ValueError: `accumulate` is below 1; or this is one of several processes and a parameter no DTensor, so that its
+            gradient is averaged only after the norm was taken.
 
     >>> import torch
     >>> model = torch.nn.Linear(3, 1)
@@ -157,11 +161,15 @@ class UpdateHooks:
         self._handles = {}
 
 
-def refuse_several_processes() -> None:
-    """Raise a ValueError where gradients are yet to be averaged over processes."""
+def refuse_several_processes(params: Iterable[Tensor], option: str, does: str) -> None:
+    """Raise a ValueError where gradients are yet to be averaged over processes when a hook sees them.
+
+    DistributedDataParallel averages them after all hooks; `fully_shard`, whose parameters are DTensors, before them.
+    """
     distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+    several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    if several and not all(is_distributed(param) for param in params):
         raise ValueError(
-            "step_in_backward=True in several processes would update before gradients are averaged over them; use "
-            "step_in_backward=False"
+            f"{option} in several processes would {does} before gradients are averaged over them; leave it off, or "
+            "spread the model with fully_shard"
         )

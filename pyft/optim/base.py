@@ -13,8 +13,9 @@ from torch.optim.optimizer import _global_optimizer_post_hooks as _global_post_h
 from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hooks
 
 from pyft.errors import NonFiniteError
-from pyft.ops.rules import RULES, Rule
+from pyft.ops.rules import Rule
 from pyft.ops.update import check_parameter
+from pyft.optim import shards
 from pyft.optim import state as state_of
 from pyft.optim.backward import BackwardNorms, InBackward, UpdateHooks, refuse_several_processes
 from pyft.optim.checks import at_least_zero
@@ -28,10 +29,8 @@ from pyft.optim.device_plan import (
     takes_all,
 )
 from pyft.optim.options import StepOptions, checked
-from pyft.optim.report import LastStep, nonfinite_message
+from pyft.optim.report import LastStep, name_of, nonfinite_message, number_of
 from pyft.optim.step_plan import GroupStep, Member, StepPlan, add_exactly, group_step
-
-_EVERY_MOMENT = frozenset(name for rule in RULES.values() for name in rule.kept)
 
 
 class CoreOptimizer(torch.optim.Optimizer):
@@ -70,7 +69,7 @@ class CoreOptimizer(torch.optim.Optimizer):
     def _watch(self) -> None:
         params = [param for group in self.param_groups for param in group["params"]]
         if self.settings.step_in_backward:
-            refuse_several_processes()
+            refuse_several_processes(params, "step_in_backward", "update")
             self._hooks = self._hooks or UpdateHooks(self._update_in_backward)
             self._hooks.watch(params)
         if self._own_norms and self._norms is None:
@@ -175,7 +174,8 @@ class CoreOptimizer(torch.optim.Optimizer):
         self._check_group(group)
 
     def _check_parameter(self, param: Tensor, name: str) -> None:
-        check_parameter(param, name)
+        shards.check_placements(param, name)
+        check_parameter(shards.local(param), name)
         if param.dtype == torch.float16 and self.settings.weights != "plain":
             raise ValueError(
                 f"{name} is float16, and weights='{self.settings.weights}' is for bfloat16; use weights='plain', or "
@@ -218,21 +218,18 @@ class CoreOptimizer(torch.optim.Optimizer):
             self._check(group)
             for param in group["params"]:
                 if self.state.get(param):
-                    self._check_state(group, self.state[param])
-                    self._adopt(param, self.state[param])
+                    state_of.check_moments(self.state[param], self._rule(group), self._moments, type(self).__name__)
+                    self._adopt_local(param, self.state[param])
         if "settings" in state:
             self._watch()
 
-    def _check_state(self, group: dict[str, Any], of_one: dict[str, Any]) -> None:
-        """Moments that are missing would be zeros beside a high step counter."""
-        foreign = sorted(_EVERY_MOMENT.difference(self._moments) & set(of_one))
-        needed = [name for name in self._rule(group).kept if name in self._moments and self._rule(group).counts]
-        missing = [name for name in needed if name not in of_one and f"{name}_q8" not in of_one]
-        if foreign or (missing and not self._rule(group).factored):
-            raise ValueError(
-                f"the loaded state is not that of {type(self).__name__}: it holds {', '.join(sorted(of_one))}"
-                + (f", but not {', '.join(missing)}" if missing else "")
-            )
+    def _adopt_local(self, param: Tensor, of_one: dict[str, Any]) -> None:
+        """`_adopt` of this process's part of a parameter and its state."""
+        before = shards.local_state(param, of_one)
+        after = before if before is of_one else dict(before)
+        self._adopt(shards.local(param), after)
+        if after is not of_one:
+            shards.write_back(param, of_one, before, after)
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps three names here; plans hold addresses and hooks belong to these very parameters.
@@ -377,7 +374,7 @@ class CoreOptimizer(torch.optim.Optimizer):
         self._leave_device_plan()
         self._plan = self._build_plan(present)
         grads: list[Any] = [param.grad for param, _ in present]
-        self._plan.take(grads)
+        self._plan.take(shards.local_gradients(self._plan.members, range(len(grads)), grads) or [])
         return self._plan
 
     def _pulls_fit(self, plan: StepPlan | DevicePlan) -> bool:
@@ -396,10 +393,14 @@ class CoreOptimizer(torch.optim.Optimizer):
             of_one = {key: self.state[param][key] for key in keys}
             members.append(Member(param, group_number, numbers[id(param)], of_one, fresh))
         rules, by_rows = [self._rule(group) for group in self.param_groups], self.settings.limits.agc is not None
-        precision: dict[str, Any] = {"weights": self.settings.weights, "seed": self.settings.seed}
-        if takes_all(members, rules, by_rows):
-            return DevicePlan(members, rules, self.state, **precision)
-        return StepPlan(members, rules, self.state, by_rows=by_rows, **precision)
+        over = None
+        if self.settings.takes_norm:
+            params = [member.param for member in members]
+            over = shards.shards_of(params, by_rows, lambda i: f"parameter {self._name(params[i])}")
+        given: dict[str, Any] = {"weights": self.settings.weights, "seed": self.settings.seed, "over": over}
+        if takes_all(members, rules, by_rows, over):
+            return DevicePlan(members, rules, self.state, **given)
+        return StepPlan(members, rules, self.state, by_rows=by_rows, **given)
 
     def _complete_state(self, param: Tensor, group: dict[str, Any], keys: Iterable[str]) -> bool:
         """Make what is missing; True when moments are new."""
@@ -407,10 +408,10 @@ class CoreOptimizer(torch.optim.Optimizer):
             return False
         of_one = self.state[param]
         if of_one:
-            self._adopt(param, of_one)
+            self._adopt_local(param, of_one)
         missing = [key for key in keys if key not in of_one]
         for key in missing:
-            of_one[key] = self._make_entry(key, param, group)
+            of_one[key] = shards.like(param, key, self._make_entry(key, shards.local(param), group))
         if missing:
             self._made.append((param, missing))
         made = {key for of_same, names in self._made if of_same is param for key in names}
@@ -421,14 +422,10 @@ class CoreOptimizer(torch.optim.Optimizer):
         return NonFiniteError(nonfinite_message(self._name(param, quoted=True), param, total_norm))
 
     def _name(self, param: Tensor, quoted: bool = False) -> str:
-        every = [other for group in self.param_groups for other in group["params"]]
-        return self._name_of_number(next(i for i, other in enumerate(every) if other is param), quoted)
+        return name_of(self.param_groups, number_of(self.param_groups, param), quoted)
 
-    def _name_of_number(self, number: int, quoted: bool = False) -> str:
-        names = [name for group in self.param_groups for name in group.get("param_names", [])]
-        if len(names) != sum(len(group["params"]) for group in self.param_groups):
-            return f"number {number}"
-        return f"'{names[number]}'" if quoted else str(names[number])
+    def _name_of_number(self, number: int) -> str:
+        return name_of(self.param_groups, number)
 
     # Updates in backward.
 
@@ -436,11 +433,11 @@ class CoreOptimizer(torch.optim.Optimizer):
     def _update_in_backward(self, param: Tensor) -> None:
         group = next(n for n, group in enumerate(self.param_groups) if any(other is param for other in group["params"]))
         plan = self._plans.get(id(param))
-        grad = param.grad
+        grad = None if param.grad is None else shards.local_gradient(param, param.grad)
         if grad is None:
             return
         fits = plan is not None and plan.rules == [self._rule(g) for g in self.param_groups] and self._pulls_fit(plan)
-        same = fits and plan is not None and self._holds(plan.members[0])
+        same = fits and plan is not None and plan.members[0].is_in(self.state)
         if plan is None or not same or not plan.take([grad]):
             self._settle(plan)
             plan = self._plans[id(param)] = self._build_plan([(param, group)])
@@ -473,9 +470,6 @@ class CoreOptimizer(torch.optim.Optimizer):
         param.grad = None
         if not self.settings.takes_norm:
             self._made = []
-
-    def _holds(self, member: Member) -> bool:
-        return all(self.state[member.param].get(key) is value for key, value in member.state.items())
 
     def _close_backward(self) -> None:
         """Update what was not seen in backward, and report what was."""

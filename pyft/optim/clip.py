@@ -5,11 +5,14 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 
-from pyft.ops.clip import agc_checked_, at_least_zero, clamp_checked_, scale_checked_
-from pyft.ops.grad_norm import check_gradients, check_norm_type, norm_float64, norm_of_checked
+from pyft.ops.clip import agc_checked_, at_least_zero, clamp_checked_, row_factors, scale_checked_
+from pyft.ops.distributed import is_distributed
+from pyft.ops.grad_norm import check_gradients, check_norm_type, norm_float64, norm_of_checked, result_dtype
+from pyft.optim import shards
 
 
 def clip_coefficient(total_norm: float, max_norm: float) -> float:
@@ -40,8 +43,30 @@ def _listed(tensors: torch.Tensor | Iterable[torch.Tensor]) -> list[torch.Tensor
     return [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
 
 
-def _gradients_of(params: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[bool]]:
-    """The gradients that there are, and which of them the core takes; they are to be written.
+@dataclass
+class _Gradients:
+    """The gradients that there are, this process's parts of DTensors, which of them the core takes, and the processes
+    that they are spread over."""
+
+    grads: list[torch.Tensor]
+    takes: list[bool]
+    over: shards.Shards | None
+
+    def norm(self, norm_type: float, wide: bool = False) -> torch.Tensor:
+        """() p-norm over all processes, as `norm_of_checked`, or `wide`, as `norm_float64`."""
+        grads, takes = self.grads, self.takes
+        if self.over is not None:
+            mine = [i for i, counted in enumerate(self.over.counted) if counted]
+            grads, takes = [grads[i] for i in mine], [takes[i] for i in mine]
+        norm = norm_float64(grads, norm_type) if wide else norm_of_checked(grads, takes, norm_type)
+        if self.over is None:
+            return norm
+        dtype = torch.float64 if wide else result_dtype(self.grads)
+        return self.over.norm(norm, norm_type).to(self.grads[0].device, dtype)
+
+
+def _gradients_of(params: list[torch.Tensor], by_rows: bool = False) -> _Gradients:
+    """The gradients of parameters, which are to be written.
 
     One that is there twice, as of a parameter given twice, counts once: two threads must not write to it.
     """
@@ -52,7 +77,12 @@ def _gradients_of(params: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[
     def label(k: int) -> str:
         return f"parameters[{next(i for i, param in enumerate(params) if param.grad is grads[k])}].grad"
 
-    return grads, check_gradients(grads, label, written=True)
+    for k, grad in enumerate(grads):
+        if is_distributed(grad):
+            shards.check_placements(grad, label(k))
+    over = shards.shards_of(grads, by_rows, label)
+    parts = [shards.local(grad) for grad in grads]
+    return _Gradients(parts, check_gradients(parts, label, written=True), over)
 
 
 def _counted(tensor: torch.Tensor) -> torch.Tensor | None:
@@ -91,8 +121,10 @@ def grad_norm(grads_or_parameters: torch.Tensor | Iterable[torch.Tensor], norm_t
     norm_type = check_norm_type(norm_type)
     counted = {i: grad for i, t in enumerate(_listed(grads_or_parameters)) if (grad := _counted(t)) is not None}
     numbers, grads = list(counted), list(counted.values())
+    over = shards.shards_of([shards.summed(grad) for grad in grads], False, lambda k: f"number {numbers[k]}")
+    grads = [shards.local(shards.summed(grad)) for grad in grads]
     takes = check_gradients(grads, lambda k: f"the gradient number {numbers[k]}")
-    return norm_of_checked(grads, takes, norm_type)
+    return _Gradients(grads, takes, over).norm(norm_type)
 
 
 @torch.no_grad()
@@ -135,15 +167,15 @@ def clip_grad_norm_(
     tensor([0.6000, 0.8000])
     """
     max_norm, norm_type = at_least_zero(max_norm, "max_norm"), check_norm_type(norm_type)
-    grads, takes = _gradients_of(_listed(parameters))
-    norm = norm_of_checked(grads, takes, norm_type)
+    found = _gradients_of(_listed(parameters))
+    grads, takes, norm = found.grads, found.takes, found.norm(norm_type)
     if norm.is_cuda and norm.dtype == torch.float32 and not error_if_nonfinite:
         scale_checked_(grads, takes, coefficient_on_device(norm, max_norm))
         return norm
     value = float(norm)
     if math.isinf(value):
         # Finite gradients can have a norm that only float64 holds.
-        wide = norm_float64(grads, norm_type)
+        wide = found.norm(norm_type, wide=True)
         if math.isfinite(float(wide)):
             norm, value = wide, float(wide)
     if not math.isfinite(value):
@@ -184,8 +216,8 @@ def clip_grad_value_(
     tensor([ 1.0000, -0.1000])
     """
     clip_value = at_least_zero(clip_value, "clip_value")
-    grads, takes = _gradients_of(_listed(parameters))
-    clamp_checked_(grads, takes, clip_value)
+    found = _gradients_of(_listed(parameters))
+    clamp_checked_(found.grads, found.takes, clip_value)
 
 
 @torch.no_grad()
@@ -218,6 +250,27 @@ def clip_grad_agc_(
     """
     clipping, eps = at_least_zero(clipping, "clipping"), at_least_zero(eps, "eps")
     params = _listed(parameters)
-    grads, takes = _gradients_of(params)
-    owner = {id(param.grad): param for param in reversed(params)}
-    agc_checked_(grads, takes, [owner[id(grad)] for grad in grads], clipping, eps)
+    found = _gradients_of(params, by_rows=True)
+    owner = {id(shards.local(param.grad)): param for param in reversed(params) if param.grad is not None}
+    owners = [owner[id(grad)] for grad in found.grads]
+    whole = [i for i, param in enumerate(owners) if not shards.has_cut_row(param)]
+    grads, takes = [found.grads[i] for i in whole], [found.takes[i] for i in whole]
+    agc_checked_(grads, takes, [shards.local(owners[i]) for i in whole], clipping, eps)
+    if found.over is not None and len(whole) < len(owners):
+        _clip_cut_rows_(found.grads, owners, found.over, clipping, eps)
+
+
+def _clip_cut_rows_(
+    grads: list[torch.Tensor], params: list[torch.Tensor], over: shards.Shards, clipping: float, eps: float
+) -> None:
+    """`agc_checked_` of those gradients that are one row of which several processes have parts."""
+    cut = [i for i, param in enumerate(params) if shards.has_cut_row(param)]
+    sums = torch.zeros(2, len(grads), dtype=torch.float64, device=over.device)
+    for i in cut:
+        sums[0, i] = norm_float64([grads[i]]).square()
+        sums[1, i] = norm_float64([shards.local(params[i]).detach()]).square()
+    over.add_up_(over.count_(sums))
+    factors = row_factors(sums[0].sqrt(), sums[1].sqrt(), clipping, eps)
+    for i in cut:
+        wide = torch.float64 if grads[i].dtype == torch.float64 else torch.float32
+        grads[i].copy_(grads[i].to(wide) * factors[i].to(grads[i].device, wide))

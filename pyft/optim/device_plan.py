@@ -18,6 +18,7 @@ from pyft.ops.rules import Rule
 from pyft.ops.update import SLOTS, fits_core, in_layout_of, slots_of
 from pyft.optim.options import Settings
 from pyft.optim.report import LastStep
+from pyft.optim.shards import Shards, local_gradients
 from pyft.optim.step_plan import GroupStep, Member, add_exactly, check_shape, refuse_sparse, rows_are_runs
 
 # csrc/step_decision_cuda.h, StepDecision.
@@ -40,13 +41,16 @@ def device_policy(settings: Settings) -> str:
     return settings.on_nonfinite or ("skip" if settings.limits.any else "ignore")
 
 
-def takes_all(members: Sequence[Member], rules: Sequence[Rule], by_rows: bool) -> bool:
-    """Whether each parameter of a plan runs on the core of its GPU."""
+def takes_all(members: Sequence[Member], rules: Sequence[Rule], by_rows: bool, over: Shards | None) -> bool:
+    """Whether each parameter of a plan runs on the core of its GPU; norms over several processes are taken by one GPU
+    in each, and not by rows."""
+    if over is not None and (by_rows or len({device_of(member.local) for member in members}) > 1):
+        return False
     return bool(members) and all(
         not rules[member.group].factored
-        and device_core(member.param) is not None
-        and fits_core(member.param, member.state)
-        and not (by_rows and not rows_are_runs(member.param))
+        and device_core(member.local) is not None
+        and fits_core(member.local, member.local_state)
+        and not (by_rows and not rows_are_runs(member.local))
         for member in members
     )
 
@@ -60,7 +64,7 @@ class _OfOneDevice:
         words = torch.frombuffer(bytearray(_NEW_DECISION), dtype=torch.int64)
         self.decision = words.to(device)
         self.parts = torch.empty(0, dtype=torch.float64, device=device)
-        self.params = [member.param for member in members]
+        self.params = [member.local for member in members]
         self.core_plan: Any = None
         # Copies of gradients in the parameter's layout, alive until they are used.
         self.relaid: list[Tensor] = []
@@ -147,10 +151,19 @@ class DevicePlan:
         rules: the rule of each parameter group.
         state: the optimizer's state.
         weights, seed: as in `StepOptions`.
+        over: the processes over which the parameters are, where norms will be taken: between two launches the sum of
+            squares of each is added over them, on the GPU.
     """
 
     def __init__(
-        self, members: list[Member], rules: Sequence[Rule], state: dict[Any, Any], *, weights: str, seed: int
+        self,
+        members: list[Member],
+        rules: Sequence[Rule],
+        state: dict[Any, Any],
+        *,
+        weights: str,
+        seed: int,
+        over: Shards | None = None,
     ) -> None:
         self.members, self.rules = members, list(rules)
         self.params = [member.param for member in members]
@@ -159,9 +172,16 @@ class DevicePlan:
         if core is not None:
             keys = [tuple(member.state) for member in members]
             self.held_state = core.HeldState(self.params, [member.group for member in members], state, keys)
+        self.spread = [i for i, member in enumerate(members) if member.local is not member.param]
+        # Autograd keeps DTensors, which count their own versions.
+        self._versions = [member.local for member in members] + [self.params[i] for i in self.spread]
+        self._over = over
+        self._sums = torch.empty(0)
+        if over is not None:
+            self._sums = torch.zeros(2 * len(members), dtype=torch.float64, device=members[0].local.device)
         by_device: dict[torch.device, list[int]] = {}
-        for place, param in enumerate(self.params):
-            by_device.setdefault(device_of(param), []).append(place)
+        for place, member in enumerate(members):
+            by_device.setdefault(device_of(member.local), []).append(place)
         self.devices = [_OfOneDevice([members[i] for i in places], places) for places in by_device.values()]
         for of_one in self.devices:
             of_one.core_plan = self._core_plan(of_one, weights, seed)
@@ -174,7 +194,7 @@ class DevicePlan:
         tensors: list[Tensor] = []
         for member in of_one.members:
             slots = slots_of(self.rules[member.group], weights)
-            by_place = sorted((SLOTS.index(slots[key]), tensor) for key, tensor in member.state.items())
+            by_place = sorted((SLOTS.index(slots[key]), tensor) for key, tensor in member.local_state.items())
             present.append(sum(1 << place for place, _ in by_place))
             tensors += [tensor for _, tensor in by_place]
         return device_core(of_one.params[0]).UpdatePlan(
@@ -182,7 +202,7 @@ class DevicePlan:
             present,
             tensor_handles(tensors),
             [member.group for member in of_one.members],
-            [member.number for member in of_one.members],
+            [member.key for member in of_one.members],
             [member.fresh for member in of_one.members],
             seed,
             weights,
@@ -191,7 +211,8 @@ class DevicePlan:
 
     def gradients(self, param_groups: list[dict[str, Any]], state: dict[Any, Any]) -> list[Tensor] | None:
         """As that of `StepPlan`."""
-        return None if self.held_state is None else self.held_state.gradients(param_groups, state)
+        known = None if self.held_state is None else self.held_state.gradients(param_groups, state)
+        return None if known is None else local_gradients(self.members, self.spread, known)
 
     def take(self, grads: list[Tensor]) -> bool:
         """Take this step's gradients; False when a parameter's storage has changed and a new plan is needed.
@@ -212,7 +233,7 @@ class DevicePlan:
                 report.keep()
         self._handed_out = []
         # Raw writes are unseen by autograd: without this a saved, now stale weight is used in silence.
-        torch.autograd.graph.increment_version(self.params)
+        torch.autograd.graph.increment_version(self._versions)
         limits, policy = settings.limits, device_policy(settings)
         self._with_norm = limits.any or policy != "ignore"
         clip = {
@@ -241,16 +262,20 @@ class DevicePlan:
             )
         if several:
             self._exchange_parts()
+        if self._with_norm and self._over is not None:
+            sums = self._over.count_(self._sums[: len(self.members)])
+            self._over.add_up_(sums)
         for number, of_one in enumerate(self.devices):
             of_one.core_plan.update(*self._where(number, several))
             of_one.relaid = []
 
-    def _where(self, number: int, several: bool) -> tuple[list[Any], int, int]:
+    def _where(self, number: int, several: bool) -> tuple[list[Any], int, int, list[Any]]:
         parts = tensor_handles([self.devices[number].parts]) if several else []
-        return parts, len(self.devices), number
+        sums = tensor_handles([self._sums]) if self._over is not None else []
+        return parts, len(self.devices), number, sums
 
     def _make_room_for_parts(self, groups: int) -> None:
-        size = device_core(self.params[0]).part_size(groups)
+        size = device_core(self.devices[0].params[0]).part_size(groups)
         for of_one in self.devices:
             if of_one.parts.shape != (len(self.devices), size):
                 of_one.parts = of_one.parts.new_zeros(len(self.devices), size)

@@ -28,7 +28,7 @@ class StepOptions(TypedDict, total=False):
     graph: norms, clip factors, step counters and the decision about NaN stay on the GPU, in one launch, or three where
     norms are taken. With several GPUs the norm is that over all of them, for one small copy from each to each.
     Parameters on CPU and GPU together, float64 ones, or rows of "agc" that are no runs of memory, make all of them run
-    in PyTorch.
+    in PyTorch. Parameters may be DTensors, spread over processes by `fully_shard`: docs/distributed.md.
 
     Attributes:
         clip_norm: limit of `clip_mode`, or limits of several modes by name, for instance {"agc": 0.01, "global": 1.0}:
@@ -55,9 +55,11 @@ class StepOptions(TypedDict, total=False):
         weights: of bfloat16 parameters. "plain"; "split32": with 16 more bits in the state, exactly as a float32
             master; "kahan": with a bfloat16 compensation; "stochastic": rounded at random. Default: "plain".
         step_in_backward: each parameter is updated in backward, as soon as its gradient is there, and the gradient
-            freed. Every backward is a step: not for accumulation, GradScaler or several processes. Default: False.
+            freed. Every backward is a step: not for accumulation, GradScaler or DistributedDataParallel.
+            Default: False.
         norm_in_backward: True, or what `pyft.optim.norm_in_backward` gave: norms are taken in backward, while
-            gradients are in the cache. Parameters on a GPU are passed over. Default: False.
+            gradients are in the cache. Parameters on a GPU are passed over; not for DistributedDataParallel.
+            Default: False.
         seed: of all stochastic rounding. Default: 0.
     """
 

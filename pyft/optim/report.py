@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -24,6 +26,20 @@ class LastStep:
     skipped: bool = False
     first_bad: str | None = None
     skipped_steps: int = 0
+
+
+def number_of(param_groups: Iterable[dict[str, Any]], param: Tensor) -> int:
+    """The number of a parameter among those of all groups."""
+    every = [other for group in param_groups for other in group["params"]]
+    return next(i for i, other in enumerate(every) if other is param)
+
+
+def name_of(param_groups: Iterable[dict[str, Any]], number: int, quoted: bool = False) -> str:
+    """The name of the parameter with this number, "number N" where parameters have none."""
+    names = [name for group in param_groups for name in group.get("param_names", [])]
+    if len(names) != sum(len(group["params"]) for group in param_groups):
+        return f"number {number}"
+    return f"'{names[number]}'" if quoted else str(names[number])
 
 
 def nonfinite_message(name: str, param: Tensor, total_norm: float | None) -> str:

@@ -12,11 +12,12 @@ from torch import Tensor
 from pyft.core.loader import load_cuda_core
 from pyft.ops import rounding
 from pyft.ops.grad_norm import core_takes
-from pyft.ops.rules import NEVER_NEGATIVE, Rule
+from pyft.ops.rules import NEVER_NEGATIVE, RULES, Rule
 from pyft.ops.update import EXTRA
 from pyft.optim.options import STATE_DTYPES, Settings
 
 State = MutableMapping[str, Any]
+_EVERY_MOMENT = frozenset(name for rule in RULES.values() for name in rule.kept)
 
 
 def moment_dtype(param: Tensor, settings: Settings) -> torch.dtype:
@@ -160,6 +161,28 @@ def adopt(param: Tensor, state: State, moments: tuple[str, ...], settings: Setti
         narrow = settings.init_dtype == "bfloat16"
         wide = torch.float64 if param.dtype == torch.float64 else torch.float32
         state["init"] = _in_layout(state["init"], param, torch.bfloat16 if narrow else wide)
+
+
+def check_moments(state: State, rule: Rule, moments: tuple[str, ...], owner: str) -> None:
+    """Refuse loaded state of another kind of optimizer: moments that are missing would be zeros beside a high counter.
+
+    Args:
+        state: of one parameter.
+        rule: its rule.
+        moments: names of moments that it may hold.
+        owner: the name of the optimizer's class.
+
+    Raises:
+        ValueError: a moment is missing, or is one of another class.
+    """
+    foreign = sorted(_EVERY_MOMENT.difference(moments) & set(state))
+    needed = [name for name in rule.kept if name in moments and rule.counts]
+    missing = [name for name in needed if name not in state and f"{name}_q8" not in state]
+    if foreign or (missing and not rule.factored):
+        raise ValueError(
+            f"the loaded state is not that of {owner}: it holds {', '.join(sorted(state))}"
+            + (f", but not {', '.join(missing)}" if missing else "")
+        )
 
 
 class Shielded:

@@ -4,32 +4,56 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyft.core.loader import load_core
-from pyft.ops.clip import agc_factors
+from pyft.ops.clip import agc_factors, row_factors
 from pyft.ops.grad_norm import core_takes, norm_float64
 from pyft.ops.handles import handles_available, tensor_handles
 from pyft.ops.rules import Rule
 from pyft.ops.update import SLOTS as CORE_SLOTS
 from pyft.ops.update import Step, fits_core, in_layout_of, slots_of, update_reference_
+from pyft.optim import shards
 
 AGC_EPS = 1e-3
 
 
 @dataclass
 class Member:
-    """A parameter of a plan: its group's number, its own number, its state by name, and whether that is new."""
+    """A parameter of a plan: its group's number, its own number, its state by name, and whether that is new.
 
-    param: Tensor
+    Of a DTensor, `local` and `local_state` are what this process has; else the same as `param` and `state`.
+    """
+
+    param: Any
     group: int
     number: int
     state: dict[str, Tensor]
     fresh: bool
+    local: Tensor = field(init=False)
+    local_state: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.local = shards.local(self.param)
+        self.local_state = shards.local_state(self.param, self.state)
+
+    @property
+    def key(self) -> int:
+        """Of its random bits: other parts of a parameter get others, copies of the same part the same."""
+        return self.number | shards.part_number(self.param) << 32
+
+    def is_in(self, state: Mapping[Tensor, Mapping[str, Any]]) -> bool:
+        """Whether the optimizer's state still holds these very tensors."""
+        held = state[self.param]
+        return self.is_where_it_was() and all(held.get(key) is value for key, value in self.state.items())
+
+    def is_where_it_was(self) -> bool:
+        """Whether the parameter still has the memory that this was made for."""
+        return self.local is self.param or self.param._local_tensor is self.local
 
 
 @dataclass(frozen=True)
@@ -79,6 +103,7 @@ class StepPlan:
         state: the optimizer's state.
         weights, seed: as in `StepOptions`.
         by_rows: gradients will be clipped by rows.
+        over: the processes over which the parameters are, where norms will be taken.
     """
 
     def __init__(
@@ -90,9 +115,13 @@ class StepPlan:
         weights: str,
         seed: int,
         by_rows: bool,
+        over: shards.Shards | None = None,
     ) -> None:
         self.members, self.weights, self.seed = members, weights, seed
         self.params = [member.param for member in members]
+        self.tensors = [member.local for member in members]
+        self.spread = [i for i, member in enumerate(members) if member.local is not member.param]
+        self.shards = over
         self.rules = list(rules)
         self._fresh = any(member.fresh for member in members)
         self.grads: list[Any] = []
@@ -107,14 +136,16 @@ class StepPlan:
         on_core = [
             core is not None
             and not rules[member.group].factored
-            and member.param.is_cpu
-            and fits_core(member.param, member.state)
-            and not (by_rows and not rows_are_runs(member.param))
+            and member.local.is_cpu
+            and fits_core(member.local, member.local_state)
+            and not (by_rows and (not rows_are_runs(member.local) or shards.has_cut_row(member.param)))
             for member in members
         ]
         self.fast = [i for i, fits in enumerate(on_core) if fits]
         self.slow = [i for i, fits in enumerate(on_core) if not fits]
-        self.fast_params = [self.params[i] for i in self.fast]
+        self.fast_params = [self.tensors[i] for i in self.fast]
+        # Autograd keeps DTensors, which count their own versions.
+        self._versions = self.fast_params + [self.params[i] for i in self.spread if i in set(self.fast)]
         self.core_plan = self._core_plan(core) if self.fast else None
 
     def _core_plan(self, core: Any) -> Any:
@@ -123,7 +154,7 @@ class StepPlan:
         for i in self.fast:
             member = self.members[i]
             slots = slots_of(self.rules[member.group], self.weights)
-            by_place = sorted((CORE_SLOTS.index(slots[key]), tensor) for key, tensor in member.state.items())
+            by_place = sorted((CORE_SLOTS.index(slots[key]), tensor) for key, tensor in member.local_state.items())
             present.append(sum(1 << place for place, _ in by_place))
             tensors += [tensor for _, tensor in by_place]
         of_fast = [self.members[i] for i in self.fast]
@@ -132,16 +163,18 @@ class StepPlan:
             present,
             tensor_handles(tensors),
             [member.group for member in of_fast],
-            [member.number for member in of_fast],
+            [member.key for member in of_fast],
             [member.fresh for member in of_fast],
             self.seed,
             self.weights,
         )
 
     def gradients(self, param_groups: list[dict[str, Any]], state: dict[Any, Any]) -> list[Tensor] | None:
-        """The gradients of `params`; None when the parameters that have one, their groups or any of their state
-        tensors are no longer those of this plan, or there is no core to tell it quickly."""
-        return None if self.held_state is None else self.held_state.gradients(param_groups, state)
+        """The gradients of `params`, of DTensors this process's parts; None when the parameters that have one, their
+        groups or any of their state tensors are no longer those of this plan, or there is no core to tell it quickly.
+        """
+        known = None if self.held_state is None else self.held_state.gradients(param_groups, state)
+        return None if known is None else shards.local_gradients(self.members, self.spread, known)
 
     def take(self, grads: list[Tensor]) -> bool:
         """Take this step's gradients; False when a parameter's storage has changed and a new plan is needed.
@@ -158,7 +191,7 @@ class StepPlan:
     def _take(self, grads: list[Tensor]) -> bool:
         refuse_sparse([grads[i] for i in self.slow])
         for i in self.slow:
-            check_shape(self.params[i], grads[i])
+            check_shape(self.tensors[i], grads[i])
         self.grads, self._row_factors = grads, {}
         if self.core_plan is None:
             return True
@@ -177,7 +210,7 @@ class StepPlan:
 
     def total_of_squares(self, clip_value: float | None) -> float:
         """Sum of squares over all gradients; the same bits for any order of parameters and number of threads."""
-        if self.core_plan is not None and not self.slow:
+        if self.core_plan is not None and not self.slow and self.shards is None:
             return self.core_plan.total_of_squares(clip_value)
         return add_exactly(self.sums_of_squares(clip_value, []))
 
@@ -191,7 +224,7 @@ class StepPlan:
                 sums[i] = value
         for i in self.slow:
             sums[i] = _sum_of_squares(self.grads[i], clip_value)
-        return sums
+        return sums if self.shards is None else self.shards.totals([sums])[0]
 
     def clip_rows(self, clip_value: float | None, limit: float) -> tuple[list[float], list[float], list[float]]:
         """Take the factors of adaptive clipping, for the next `step`: sums of squares of each gradient before and after
@@ -201,11 +234,43 @@ class StepPlan:
         if self.core_plan is not None:
             for i, *of_one in zip(self.fast, *self.core_plan.clip_rows(clip_value, limit, AGC_EPS), strict=True):
                 before[i], after[i], smallest[i] = of_one
+        cut = [i for i in self.slow if self.shards is not None and shards.has_cut_row(self.params[i])]
         for i in self.slow:
-            sums, factors = _row_factors(self.params[i].detach(), self.grads[i], clip_value, limit)
-            self._row_factors[i] = factors
-            before[i], after[i] = float(sums.sum()), float((sums * factors.double() ** 2).sum())
-            smallest[i] = min([1.0, *factors.tolist()])
+            if i not in cut:
+                sums, factors = _row_factors(self.tensors[i].detach(), self.grads[i], clip_value, limit)
+                self._row_factors[i] = factors
+                before[i], after[i] = float(sums.sum()), float((sums * factors.double() ** 2).sum())
+                smallest[i] = min([1.0, *factors.tolist()])
+        if self.shards is None:
+            return before, after, smallest
+        return self._clip_cut_rows(cut, before, after, smallest, clip_value, limit)
+
+    def _clip_cut_rows(
+        self,
+        cut: list[int],
+        before: list[float],
+        after: list[float],
+        smallest: list[float],
+        clip_value: float | None,
+        limit: float,
+    ) -> tuple[list[float], list[float], list[float]]:
+        """The rest of `clip_rows` for parameters spread over processes, some of which, `cut`, are rows that several
+        processes have parts of."""
+        assert self.shards is not None
+        weights = [0.0] * len(self.params)
+        for i in cut:
+            before[i], after[i] = _sum_of_squares(self.grads[i], clip_value), 0.0
+            weights[i] = _sum_of_squares(self.tensors[i].detach(), None)
+        before, after, weights = self.shards.totals([before, after, weights])
+        factors = row_factors(
+            torch.tensor([before[i] for i in cut], dtype=torch.float64).sqrt(),
+            torch.tensor([weights[i] for i in cut], dtype=torch.float64).sqrt(),
+            limit,
+            AGC_EPS,
+        )
+        for i, factor in zip(cut, factors.float().tolist(), strict=True):
+            self._row_factors[i] = torch.tensor([factor])
+            after[i], smallest[i] = before[i] * factor**2, factor
         return before, after, smallest
 
     def step(
@@ -235,10 +300,10 @@ class StepPlan:
                 self._row_factors.get(i),
                 self.weights,
                 self.seed,
-                member.number,
+                member.key,
                 member.fresh,
             )
-            update_reference_(member.param, self.grads[i], member.state, step)
+            update_reference_(member.local, self.grads[i], member.local_state, step)
             if free:
                 member.param.grad = None
         if self._fresh:
@@ -252,7 +317,7 @@ class StepPlan:
     ) -> None:
         # Raw writes are unseen by autograd: without this a saved, now stale weight is used in silence. Before the
         # update, which drives the parameters' records out of the cache.
-        torch.autograd.graph.increment_version(self.fast_params)
+        torch.autograd.graph.increment_version(self._versions)
         handles: list[Any] = []
         if free:
             used = self.relaid or (self.grads if not self.slow else [self.grads[i] for i in self.fast])

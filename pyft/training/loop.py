@@ -267,7 +267,7 @@ class _StageTraining:
         self.stepper.end_epoch()
         run.add_seconds()
         record["seconds"]["train"] += at.seconds
-        train_loss = at.loss_sum / at.weight_sum if at.weight_sum else math.nan
+        train_loss = self.stepper.objective.unit * at.loss_sum / at.weight_sum if at.weight_sum else math.nan
         metrics = self._evaluate()
         record["seconds"]["evaluate"] += run.add_seconds()
         row: Row = {"stage": run.stage.name, "epoch": at.epoch + 1, "step": at.step, "lr": at.lr}

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from pyft.errors import ConfigError
 from pyft.samples import Problem
+from pyft.target_scale import TargetScale
 
 _ALLOWED = {
     "classification": ("cross_entropy", "bce"),
@@ -124,7 +125,11 @@ def make_loss(
 
 
 class Objective:
-    """`objective(logits, targets)` is the mean loss, in fp32 or wider; `denominator(targets)` is its divisor."""
+    """`objective(logits, targets)` is the mean loss, in fp32 or wider; `denominator(targets)` is its divisor.
+
+    Attributes:
+        target_scale: regression targets are scaled by it before the loss; None: taken as they are.
+    """
 
     def __init__(
         self,
@@ -137,6 +142,7 @@ class Objective:
         self.name = loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__)
         self.class_weight = class_weight
         self.label_smoothing = label_smoothing
+        self.target_scale: TargetScale | None = None
         self._function: Callable[[Tensor, Tensor], Tensor]
         self._sample_weight: Tensor | None = None
         if not isinstance(loss, str):
@@ -169,6 +175,13 @@ class Objective:
             return float(targets.shape[0])
         return float(self._sample_weight[targets.cpu()].sum(dtype=torch.float64))
 
+    @property
+    def unit(self) -> float:
+        """What a loss is multiplied by to be in the targets' own unit; 1 where no one number does that."""
+        if self.target_scale is None or len(self.target_scale.std) > 1:
+            return 1.0
+        return self.target_scale.std[0] ** {"mse": 2, "l1": 1}.get(self.name, 0)
+
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The mean loss.
 
@@ -183,6 +196,7 @@ class Objective:
             logits = logits.float()
         if self.problem == "regression":
             logits, targets = _match_regression(logits, targets)
+            targets = targets if self.target_scale is None else self.target_scale.scale(targets)
         elif self.problem == "classification":
             if logits.ndim != 2 or targets.ndim != 1 or logits.shape[0] != targets.shape[0]:
                 raise ConfigError(

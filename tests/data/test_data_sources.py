@@ -364,8 +364,8 @@ def test_data_frame() -> None:
     assert (words.kind, words.classes) == ("text", ["x", "y"])
     with pytest.raises(DataError, match="the text column 'text' is empty in 1 row, first at row 1"):
         load_data(Frame({"text": np.array(["a", float("nan")], object), "label": [0, 1]}), val=0)
-    with pytest.raises(DataError, match=r"DataFrame: the column 'a' holds 1 value.*first at row 0"):
-        load_data(Frame({"a": [float("nan"), 1.0], "label": [0, 1]}), val=0)
+    with pytest.raises(DataError, match=r"DataFrame: the column 'a' holds 1 value infinite.*first at row 0"):
+        load_data(Frame({"a": [float("inf"), 1.0], "label": [0, 1]}), val=0)
 
 
 def test_real_pandas_frame() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pyft.errors import ConfigError, ExportError, MissingExtraError
-from pyft.export.onnx import export_onnx
+from pyft.export.onnx import export_module
 from pyft.export.trace import check_graph
 
 onnx = pytest.importorskip("onnx", reason="pip install 'pyft[onnx]'")
@@ -90,7 +90,7 @@ class NoTensor(Base):
 def test_cause_and_mend_are_named(model, messages, tmp_path):
     model.train()
     with pytest.raises((ExportError, ConfigError)) as error:
-        export_onnx(model, torch.randn(3, 4), tmp_path / "m.onnx")
+        export_module(model, torch.randn(3, 4), tmp_path / "m.onnx")
     for message in messages:
         assert message in str(error.value)
     assert "\n" not in str(error.value)
@@ -102,7 +102,7 @@ def test_cause_and_mend_are_named(model, messages, tmp_path):
 def test_packed_sequence(tmp_path):
     example = {"x": torch.randn(3, 5, 4), "lengths": torch.tensor([5, 3, 2])}
     with pytest.raises(ExportError, match=r"packed\).*packed sequences cannot be exported"):
-        export_onnx(Packed(), example, tmp_path / "m.onnx")
+        export_module(Packed(), example, tmp_path / "m.onnx")
 
 
 @pytest.mark.parametrize(
@@ -125,21 +125,15 @@ def test_argument_that_does_not_fit(change, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = {"model": nn.Linear(4, 2), "example": torch.randn(2, 4), "path": tmp_path / "m.onnx", **change}
     with pytest.raises(ConfigError, match=message):
-        export_onnx(**arguments)
+        export_module(**arguments)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_too_large_for_one_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("pyft.export.onnx.MAX_BYTES", 39)
-    with pytest.raises(ExportError, match="holds less than"):
-        export_onnx(nn.Linear(4, 2), torch.randn(2, 4), tmp_path / "m.onnx")
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
 def test_missing_package_names_the_extra(package, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingExtraError, match=rf"'{package}'.*pyft\[onnx\]"):
-        export_onnx(nn.Linear(4, 2), torch.randn(2, 4), tmp_path / "m.onnx")
+        export_module(nn.Linear(4, 2), torch.randn(2, 4), tmp_path / "m.onnx")
 
 
 def test_graph_that_differs_never_appears(tmp_path, monkeypatch):
@@ -154,7 +148,7 @@ def test_graph_that_differs_never_appears(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "clean", spoiled)
     (tmp_path / "m.onnx").write_bytes(b"the file of before")
     with pytest.raises(ExportError, match=r"does not behave like the model .* the worst is sample \d"):
-        export_onnx(nn.Linear(4, 2), torch.randn(2, 4), tmp_path / "m.onnx")
+        export_module(nn.Linear(4, 2), torch.randn(2, 4), tmp_path / "m.onnx")
     assert (tmp_path / "m.onnx").read_bytes() == b"the file of before"
     assert len(list(tmp_path.iterdir())) == 1
 

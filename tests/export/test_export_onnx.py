@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyft.export.onnx import export_onnx
+from pyft.export.onnx import export_module
 from pyft.export.run import OnnxModel
 from pyft.version import __version__
 
@@ -109,7 +109,7 @@ class Exported:
         rng = torch.get_rng_state()
         # A lone sample is what a careless caller has; the batch must be free all the same.
         lone = {k: v[:1] for k, v in self.example.items()} if isinstance(self.example, dict) else self.example[:1]
-        self.path = export_onnx(
+        self.path = export_module(
             self.model, lone, folder / f"{name}.onnx", classes=CLASSES, metadata={"weights": "abc", "epochs": 3}
         )
         self.same_rng = torch.equal(rng, torch.get_rng_state())
@@ -184,7 +184,9 @@ def test_names_and_free_dimensions(exported):
     for value in exported.session.inputs:
         assert value.shape[0] == "batch"
         assert ("sequence" in value.shape) == exported.free_length
-    assert [(value.name, value.shape) for value in exported.session.outputs] == [("logits", ("batch", 3))]
+    assert [(value.name, value.shape) for value in exported.session.outputs] == [
+        ("logits", ("batch", 3)), ("scores", ("batch", 3)), ("label_index", ("batch",)), ("label", ("batch",)),
+    ]  # fmt: skip
     assert exported.session.meta.notes == []
 
 
@@ -200,7 +202,7 @@ def test_metadata(exported):
     assert meta.classes == CLASSES
     assert meta.task == "classification"
     assert meta.kind == {"cnn": "image", "tokens": "text"}.get(exported.path.stem, "array")
-    assert meta.extra["pyft.format"] == "1"
+    assert meta.extra["pyft.format"] == "2"
     assert meta.versions == {"pyft": __version__, "torch": torch.__version__, "onnx": onnx.__version__}
     assert meta.extra["weights"] == "abc"
     assert json.loads(meta.extra["epochs"]) == 3
@@ -221,11 +223,11 @@ def test_one_file_without_traces_of_this_machine(exported):
 EXPORT = textwrap.dedent(
     """
     import sys, torch
-    from pyft.export.onnx import export_onnx
+    from pyft.export.onnx import export_module
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Conv1d(3, 4, 2), torch.nn.AdaptiveAvgPool1d(1), torch.nn.Flatten())
     example = torch.randn(2, 3, 8)
-    export_onnx(model, example, sys.argv[1], classes=["a", "b", "c", "d"], preprocess={"kind": "array"})
+    export_module(model, example, sys.argv[1], classes=["a", "b", "c", "d"], preprocess={"kind": "array"})
     """
 )
 
@@ -253,7 +255,7 @@ def test_same_model_same_bytes_and_not_a_word(tmp_path, monkeypatch, capfd):
 
 def test_length_of_a_convolution_is_its_last_dimension(tmp_path):
     model = nn.Sequential(nn.Conv1d(3, 4, 2), nn.AdaptiveAvgPool1d(1), nn.Flatten())
-    session = OnnxModel(export_onnx(model, torch.randn(2, 3, 8), tmp_path / "m.onnx"))
+    session = OnnxModel(export_module(model, torch.randn(2, 3, 8), tmp_path / "m.onnx"))
     assert session.inputs[0].shape == ("batch", 3, "sequence")
     x = torch.randn(2, 3, 21)
     np.testing.assert_allclose(session(x), model(x).detach().numpy(), atol=1e-6)
@@ -262,7 +264,7 @@ def test_length_of_a_convolution_is_its_last_dimension(tmp_path):
 def test_fixed_length_is_said_and_recorded(tmp_path):
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
     with pytest.warns(UserWarning, match="dimension 1 of 'input' is fixed at 3"):
-        session = OnnxModel(export_onnx(model, torch.randn(2, 3, 4), tmp_path / "m.onnx"))
+        session = OnnxModel(export_module(model, torch.randn(2, 3, 4), tmp_path / "m.onnx"))
     assert session.inputs[0].shape == ("batch", 3, 4)
     assert "fixed at 3" in session.meta.notes[0]
 
@@ -276,7 +278,7 @@ def test_length_that_only_the_exporter_fixes_is_said_and_recorded(tmp_path):
             return total
 
     with pytest.warns(UserWarning, match="fixed at 4: it cannot be exported free: forward fixes dimension 1"):
-        session = OnnxModel(export_onnx(Looped(), torch.randn(2, 4, 3), tmp_path / "m.onnx"))
+        session = OnnxModel(export_module(Looped(), torch.randn(2, 4, 3), tmp_path / "m.onnx"))
     assert session.inputs[0].shape == ("batch", 4, 3)
     x = torch.randn(5, 4, 3)
     np.testing.assert_allclose(session(x), Looped()(x).numpy(), atol=1e-6)
@@ -284,21 +286,21 @@ def test_length_that_only_the_exporter_fixes_is_said_and_recorded(tmp_path):
 
 def test_sizes_that_are_alike_are_not_taken_for_one(tmp_path):
     model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2))
-    session = OnnxModel(export_onnx(model, torch.randn(2, 2), tmp_path / "m.onnx"))
+    session = OnnxModel(export_module(model, torch.randn(2, 2), tmp_path / "m.onnx"))
     assert session.inputs[0].shape == ("batch", 2)
 
 
 def test_tied_weights_are_stored_once(tmp_path):
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
     model[2].weight = model[0].weight
-    path = export_onnx(model, torch.randn(2, 64), tmp_path / "m.onnx")
+    path = export_module(model, torch.randn(2, 64), tmp_path / "m.onnx")
     assert path.stat().st_size < 1.5 * 64 * 64 * 4
 
 
 def test_preprocess_and_task_words(tmp_path):
     spec = {"kind": "image", "size": 8, "mean": [0.5, 0.5, 0.5]}
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
-    path = export_onnx(model, torch.rand(2, 3, 8, 8), tmp_path / "m.onnx", task="image-multilabel", preprocess=spec)
+    path = export_module(model, torch.rand(2, 3, 8, 8), tmp_path / "m.onnx", task="image-multilabel", preprocess=spec)
     meta = OnnxModel(path).meta
     assert (meta.task, meta.kind, meta.preprocess, meta.classes) == ("multilabel", "image", spec, None)
 
@@ -308,7 +310,7 @@ def test_logging_and_warnings_are_given_back(tmp_path):
     before = (logger.level, list(warnings.filters), random.getstate(), torch.get_num_threads())
     child = logging.getLogger("onnxscript.optimizer")
     child.setLevel(logging.INFO)
-    export_onnx(nn.Linear(2, 2), torch.randn(1, 2), tmp_path / "m.onnx")
+    export_module(nn.Linear(2, 2), torch.randn(1, 2), tmp_path / "m.onnx")
     assert (logger.level, list(warnings.filters), random.getstate(), torch.get_num_threads()) == before
     assert child.level == logging.INFO
     child.setLevel(logging.NOTSET)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from scipy.special import expit
+from scipy.special import softmax as scipy_softmax
 from torch import nn
 
 from pyft.errors import ConfigError, DataError, ExportError
-from pyft.export.onnx import export_onnx
+from pyft.export.onnx import export_module
 from pyft.export.parity import check_parity, relative_difference
 from pyft.export.run import OnnxModel
 from pyft.samples import Batch
@@ -41,7 +46,7 @@ def data():
 
 @pytest.fixture(scope="module")
 def good(model, tmp_path_factory):
-    return export_onnx(model, torch.randn(2, 6), tmp_path_factory.mktemp("parity") / "model.onnx", classes=CLASSES)
+    return export_module(model, torch.randn(2, 6), tmp_path_factory.mktemp("parity") / "model.onnx", classes=CLASSES)
 
 
 @pytest.fixture
@@ -190,10 +195,10 @@ def test_file_with_a_fixed_batch(model, data, tmp_path):
 
 
 def test_file_of_another_model(model, data, tmp_path):
-    other = export_onnx(nn.Linear(6, 3), torch.randn(2, 6), tmp_path / "other.onnx")
+    other = export_module(nn.Linear(6, 3), torch.randn(2, 6), tmp_path / "other.onnx")
     with pytest.raises(ExportError, match=r"logits have shape \(16, 3\) where PyTorch gives \(16, 4\)"):
         check_parity(model, other, batches(data))
-    wide = export_onnx(nn.Linear(7, 4), torch.randn(2, 7), tmp_path / "wide.onnx")
+    wide = export_module(nn.Linear(7, 4), torch.randn(2, 7), tmp_path / "wide.onnx")
     with pytest.raises(ExportError, match=r"must have shape \(batch, 7\), got \(16, 6\)"):
         check_parity(model, wide, batches(data))
 
@@ -322,3 +327,68 @@ def test_nothing_to_compare_is_an_error(model, path):
         check_parity(model, path, [])
     with pytest.raises(ConfigError, match="got 'ranking'"):
         check_parity(model, path, [], problem="ranking")
+
+
+class Sum:
+    """A metric that sees every logit."""
+
+    def __init__(self, name):
+        self.name, self.total = name, 0.0
+
+    def update(self, targets, logits):
+        self.total += float(logits.sum()) + float(targets.sum())
+
+    def metrics(self):
+        return SimpleNamespace(values={self.name: self.total, "r2": math.nan})
+
+
+def compare_with_targets(a, b, name, **keywords):
+    a, b = np.array(a, np.float32), np.array(b, np.float32)
+    index, targets = torch.arange(len(a)), torch.ones(len(a))
+    batches = [Batch(index, targets, index)]
+    return check_parity(
+        lambda i: a[i.numpy()], Fake(b), batches, raises=False, counter=lambda: Sum(name), **keywords
+    )  # fmt: skip
+
+
+def test_metrics_of_both_sides():
+    a = np.tile([5.0, 1.0, 0.0], (20, 1))
+    parity = compare_with_targets(a, a * (1 + 3e-6), "accuracy")
+    assert re.match(r"the metric accuracy is 140 with PyTorch and 140\.0\d+ with ONNX", parity.failure)
+    # A mean over real numbers moves with the logits.
+    assert compare_with_targets(a, a * (1 + 3e-6), "loss").passed
+    assert compare_with_targets(a, a, "accuracy").metrics["torch"]["accuracy"] == 140
+    assert compare(a, a).metrics is None
+
+
+def test_tie_is_no_difference_in_a_metric():
+    a = np.tile([5.0, 1.0, 0.0], (20, 1))
+    b = a.copy()
+    a[3], b[3] = [1.0, 1.0001, 0], [1.0001, 1.0, 0]
+    parity = compare_with_targets(a, b, "accuracy")
+    assert parity.passed
+    assert parity.num_ties == 1
+
+
+@pytest.mark.parametrize(
+    ("problem", "function"), [("classification", scipy_softmax), ("multilabel", expit), ("regression", lambda x: x)]
+)
+def test_differences_of_scores(problem, function):
+    generator = np.random.default_rng(0)
+    a = generator.normal(0, 300, (30, 4)).astype(np.float32)
+    b = a + generator.normal(0, 1e-3, a.shape).astype(np.float32)
+    axis = {"axis": -1} if problem == "classification" else {}
+    wanted = np.abs(function(a.astype(np.float64), **axis) - function(b.astype(np.float64), **axis))
+    parity = compare(a, b, task=problem)
+    assert parity.scores_max_abs == pytest.approx(wanted.max(), rel=1e-6, abs=1e-12)
+    assert parity.scores_mean_abs == pytest.approx(wanted.mean(), rel=1e-6, abs=1e-12)
+
+
+def test_batches_and_feeds_must_fit(model, path, data):
+    with pytest.raises(ConfigError, match="a function of sample numbers needs feeds="):
+        check_parity(model, path, lambda index: None)
+    with pytest.raises(ConfigError, match="with feeds= a function from sample numbers"):
+        check_parity(model, path, batches(data), feeds=[SimpleNamespace(inputs={}, index=[0])])
+    feed = SimpleNamespace(inputs={"input": data[:3].numpy()}, index=np.arange(3))
+    with pytest.raises(ConfigError, match="holds other samples than it was asked for"):
+        check_parity(model, path, lambda index: next(batches(data[:3])), feeds=[feed])

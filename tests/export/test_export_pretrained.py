@@ -11,7 +11,7 @@ import torch
 
 from pyft.errors import ExportError
 from pyft.evaluation.predict import evaluate_batches
-from pyft.export.onnx import export_onnx
+from pyft.export.onnx import export_module
 from pyft.export.parity import check_parity
 from pyft.export.run import OnnxModel
 from pyft.samples import Batch
@@ -62,7 +62,7 @@ def minilm(minilm_dir):
 def minilm_path(minilm, tokenizer, tmp_path_factory):
     example = next(iter(text_batches(tokenizer, ["Where is my card?"]))).inputs
     minilm.train()
-    path = export_onnx(
+    path = export_module(
         minilm, example, tmp_path_factory.mktemp("minilm") / "model.onnx", classes=CLASSES, task="text-classification"
     )
     assert minilm.encoder.training
@@ -128,7 +128,7 @@ def pictures(shared_data):
 
 def test_lite0_is_proven_on_real_pictures(lite0, pictures, tmp_path):
     lite0.train()
-    path = export_onnx(lite0, pictures[:1], tmp_path / "lite0.onnx", task="image-classification")
+    path = export_module(lite0, pictures[:1], tmp_path / "lite0.onnx", task="image-classification")
     assert lite0.training
     lite0.eval()
     batches = [Batch(pictures[i : i + 8], None, torch.arange(i, min(i + 8, len(pictures)))) for i in (0, 8)]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pyft.errors import ConfigError, ExportError, MissingExtraError
-from pyft.export.onnx import export_onnx
+from pyft.export.onnx import export_module
 from pyft.export.run import OnnxModel, default_threads
 
 onnx = pytest.importorskip("onnx", reason="pip install 'pyft[onnx]'")
@@ -40,12 +40,12 @@ def model():
 def path(model, tmp_path_factory) -> Path:
     example = {"input_ids": torch.randint(0, 30, (2, 5)), "attention_mask": torch.ones(2, 5, dtype=torch.int64)}
     target = tmp_path_factory.mktemp("run") / "text.onnx"
-    return export_onnx(model, example, target, classes=["a", "b", "c", "d"], preprocess={"kind": "text"})
+    return export_module(model, example, target, classes=["a", "b", "c", "d"], preprocess={"kind": "text"})
 
 
 @pytest.fixture(scope="module")
 def lone_path(tmp_path_factory) -> Path:
-    return export_onnx(nn.Linear(3, 2), torch.randn(2, 3), tmp_path_factory.mktemp("run") / "array.onnx")
+    return export_module(nn.Linear(3, 2), torch.randn(2, 3), tmp_path_factory.mktemp("run") / "array.onnx")
 
 
 @pytest.fixture

@@ -355,7 +355,7 @@ def test_an_exported_model_has_plain_weights(tmp_path: Path, stale: bool) -> Non
     optimizer.step()
     if not stale:
         model(x)
-    path = pyft.export_onnx(model, x, tmp_path / "model.onnx")
+    path = pyft.export_onnx(model, tmp_path / "model.onnx", example=x)
     graph = onnx.load(path).graph
     assert not [node.op_type for node in graph.node if "Scatter" in node.op_type or node.domain not in ("", "ai.onnx")]
     assert sum(int(torch.tensor(t.dims).prod()) for t in graph.initializer) < 1.2 * sum(

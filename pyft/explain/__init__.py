@@ -1,0 +1,1 @@
+"""What a prediction rests on: attributions by captum, as tokens, pixels or features that can be read."""
