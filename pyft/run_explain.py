@@ -12,11 +12,13 @@ import torch
 
 from pyft.data.batches import Batches
 from pyft.data.sources import load_samples, read_source
+from pyft.data.table_preprocess import TablePreprocess
 from pyft.data.text import TextPreprocess
 from pyft.errors import ConfigError, DataError
 from pyft.evaluation.scores import scores_from_logits, to_numpy
 from pyft.explain.attribute import METHODS, attribute
 from pyft.explain.explanation import Explanation
+from pyft.preprocess import table_form
 from pyft.samples import Samples
 from pyft.subject import Model, Subject, open_subject
 
@@ -42,7 +44,7 @@ def explain(
     Args:
         model: a module, a `Result` or the folder of a run.
         x: one sample: a text; the path of an image or a PIL image; an array or tensor of the shape of a sample; a dict
-            from column name to number for a model of a table.
+            from column name to number or word for a model of a table.
         method: "integrated_gradients": parts add up to the output minus that of the baseline; for texts, on the
             embeddings. "input_gradients": how much the output moves per unit of each input; for texts, times the
             embedding, summed. "occlusion": how much the output falls when a token, a feature or a patch of the
@@ -112,8 +114,9 @@ def _one_sample(subject: Subject, x: Any) -> tuple[Subject, Samples]:
         raise DataError(f"x: expected one text, got {type(x).__name__}")
     known = subject.classes if subject.problem != "regression" else None
     samples = load_samples(
-        raw, kind=kind, problem="classification", classes=known, labels="ignored", columns=subject.columns
-    )
+        raw, kind=kind, problem="classification", classes=known, labels="ignored",
+        columns=table_form(subject.columns, subject.preprocess),
+    )  # fmt: skip
     if len(samples) != 1:
         raise DataError(f"x: expected one sample, got {len(samples)}; give one at a time")
     if subject.preprocess is None and (subject.needs_preprocess or kind != "array"):
@@ -134,7 +137,7 @@ def _raw(subject: Subject, x: Any) -> Any:
         if missing:
             raise DataError(f"x: there is no {', '.join(map(repr, missing))}; the model takes {len(subject.columns)} "
                             f"columns: {', '.join(subject.columns)}")  # fmt: skip
-        return np.array([[float(x[name]) for name in subject.columns]], dtype=np.float32)
+        return {name: [x[name]] for name in subject.columns}
     if isinstance(x, torch.Tensor):
         return x[None]
     try:
@@ -199,7 +202,9 @@ def _numbers(subject: Subject, samples: Samples, inputs: torch.Tensor) -> dict[s
     sample = inputs[0]
     if sample.ndim == 3 and sample.shape[0] in (1, 3):
         return {"kind": "pixels", "picture": _picture(subject, samples, sample)}
-    columns = subject.columns or samples.columns
+    columns: Sequence[str] | None = subject.columns or samples.columns
+    if isinstance(subject.preprocess, TablePreprocess):
+        columns = subject.preprocess.feature_names()
     if columns is None or len(columns) != sample.numel():
         columns = tuple(_place(place, tuple(sample.shape)) for place in range(sample.numel()))
     return {"kind": "features", "features": list(columns), "values": [float(v) for v in sample.reshape(-1).tolist()]}

@@ -118,6 +118,8 @@ def _sample(one: dict[str, Any]) -> Any:
     """
     if "text" in one:
         return str(one["text"])
+    if one.get("values") is not None and any(isinstance(value, str) for value in one["values"]):
+        return dict(zip(one["columns"], one["values"], strict=True))
     if one.get("values") is not None:
         if any(value is None for value in one["values"]):
             raise DataError("it has numbers that are not finite")

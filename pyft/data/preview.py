@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def preview(samples: Samples, number: int) -> dict[str, Any]:
         {"text", "cut"} with `cut` true where letters were left off; {"picture", "path", "size"}: a data URI of at most
         192 pixels a side, the file it came from or None, (width, height) of the original; or {"values", "shape",
         "columns", "picture"}: the numbers, flat, None where there are more than 4,096, and a picture where the shape is
-        one of a picture.
+        one of a picture. Of a row with words, "values" are numbers, None where one is missing, and words.
 
     Raises:
         DataError: an image cannot be read.
@@ -38,6 +39,8 @@ def preview(samples: Samples, number: int) -> dict[str, Any]:
         return {"text": text[:MAX_LETTERS], "cut": len(text) > MAX_LETTERS}
     if is_picture(value) or isinstance(value, (str, Path)):
         return _of_picture(value)
+    if isinstance(value, Mapping):
+        return _of_row(value)
     return _of_numbers(as_tensor(value).numpy(), samples.columns)
 
 
@@ -47,6 +50,11 @@ def _of_picture(value: Any) -> dict[str, Any]:
     else:
         image, path = read_image(value), str(Path(value).resolve())
     return {"picture": data_uri(image), "path": path, "size": list(image.size)}
+
+
+def _of_row(row: Mapping[str, float | str]) -> dict[str, Any]:
+    values = [cell[:MAX_LETTERS] if isinstance(cell, str) else _finite(float(cell)) for cell in row.values()]
+    return {"values": values, "shape": [len(values)], "columns": list(row), "picture": None}
 
 
 def _of_numbers(array: np.ndarray, columns: tuple[str, ...] | None) -> dict[str, Any]:

@@ -53,11 +53,15 @@ def rows_table(facts: RunFacts, worst: Sequence[dict[str, Any]]) -> Html:
         score = (values[1] or 0.0) - (values[0] or 0.0) if regression else one.get("score")
         row: list[Any] = [str(one.get("index"))]
         row += [four(value) if isinstance(value, float) else foreign(value) for value in values]
-        row += [four(score), *((number(value), value or 0) for value in one["values"][:MAX_COLUMNS])]
+        row += [four(score), *map(_feature, one["values"][:MAX_COLUMNS])]
         rows.append(row)
     more = len(names) - len(kept)
     note = paragraph(f"The first {len(kept)} of {len(names)} features.", class_="quiet") if more > 0 else None
     return join([table(heads, rows, sortable=True), note])
+
+
+def _feature(value: float | str | None) -> Any:
+    return foreign(value) if isinstance(value, str) else (number(value), value or 0)
 
 
 def card(facts: RunFacts, one: dict[str, Any]) -> Html:

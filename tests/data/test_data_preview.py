@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from pyft.data.preview import MAX_LETTERS, preview
+from pyft.data.table_rows import TableRows
 from pyft.errors import DataError
 from pyft.samples import Samples
 
@@ -50,6 +51,13 @@ def test_rows_of_a_table_keep_their_names() -> None:
     found = preview(samples, 0)
     assert found == {"values": [1.5, None], "shape": [2], "columns": ["a", "b"], "picture": None}
     json.dumps(found, allow_nan=False)
+
+
+def test_rows_with_words_and_gaps() -> None:
+    columns = {"town": np.array(["Ulm", ""], dtype=object), "age": np.float32([31, np.nan])}
+    samples = Samples("array", TableRows(columns), None, columns=("town", "age"))
+    assert preview(samples, 0) == {"values": ["Ulm", 31.0], "shape": [2], "columns": ["town", "age"], "picture": None}
+    assert preview(samples, 1)["values"] == ["", None]
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (1, 8, 8), (3, 8, 8)])

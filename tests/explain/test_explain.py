@@ -298,6 +298,26 @@ def test_columns_of_a_table_go_by_name(run_dir: Path) -> None:
         result.explain({"age": 1.0, "<b>": 1.0})
 
 
+def test_a_table_with_words_and_gaps(run_dir: Path) -> None:
+    generator = np.random.default_rng(0)
+    towns, ages = generator.choice(["Bonn", "Ulm"], 60), generator.normal(40, 10, 60)
+    lines = [f"{age:.1f},{town},{'yes' if town == 'Ulm' else 'no'}" for town, age in zip(towns, ages, strict=True)]
+    lines[3] = lines[3].replace(lines[3].partition(",")[0], "", 1)
+    source = run_dir.parent / "people.csv"
+    source.write_text("age,town,label\n" + "\n".join(lines) + "\n")
+    result = pyft.finetune(
+        nn.Linear(3, 2), source, task="tabular-classification", epochs=2, export=None, progress=False, out=run_dir
+    )
+    found = result.explain({"town": "Ulm", "age": 50.0}, target="yes")
+    weight = result.model.get_parameter("weight")[1].detach().numpy()
+    fed = result.preprocess({"town": "Ulm", "age": 50.0}).numpy()
+    assert found.features == ["age", "town=Bonn", "town=Ulm"]
+    np.testing.assert_allclose(found.attributions, weight * fed, atol=1e-5)
+    page = result.report(explain=True).read_text()
+    assert "town=Ulm" in page
+    assert "Bonn" in page
+
+
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
