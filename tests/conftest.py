@@ -14,6 +14,10 @@ from typing import Any
 
 import pytest
 
+# Before torch is imported: the threads of two processes on two cores wait for each other by spinning.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 EMULATION: pytest.StashKey[Any] = pytest.StashKey()
 
