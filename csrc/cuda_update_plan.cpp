@@ -140,7 +140,11 @@ void CudaUpdatePlan::put_rows() {
   row_factors_.reserve(begin.back(), decision_);
   terms_.reserve(begin.back(), decision_);
   put(device_params_, std::move(params));
-  put(device_tasks_, cut_into_row_tasks(rows, lengths));
+  RowTasks tasks = cut_into_row_tasks(rows, lengths);
+  row_pieces_.reserve(tasks.num_pieces, decision_);
+  put(rows_done_, std::vector<uint32_t>(tasks.num_cut_rows, 0));
+  put(device_tasks_, std::move(tasks.tasks));
+  put(device_cut_rows_, std::move(tasks.cut));
   put(device_rows_, std::move(shapes));
   put(device_row_begin_, std::move(begin));
 }
@@ -173,9 +177,19 @@ void CudaUpdatePlan::sum_squares(cudaStream_t stream) {
     check_launch(launch_sum_of_squares(grads_table(), clip_.clip_value, terms_.data(), stream), "update_");
     return;
   }
-  const RowNormsWork work{device_tasks_.data(),  device_tasks_.size(), device_rows_.data(), device_grads_.data(),
-                          device_params_.data(), clip_.clip_value,     clip_.agc,           kAgcEps,
-                          terms_.data(),         row_factors_.data()};
+  const RowNormsWork work{device_tasks_.data(),
+                          device_tasks_.size(),
+                          device_rows_.data(),
+                          device_grads_.data(),
+                          device_params_.data(),
+                          clip_.clip_value,
+                          clip_.agc,
+                          kAgcEps,
+                          terms_.data(),
+                          row_factors_.data(),
+                          device_cut_rows_.data(),
+                          row_pieces_.data(),
+                          rows_done_.data()};
   check_launch(launch_row_norms(work, stream), "update_");
 }
 

@@ -112,3 +112,7 @@ class CudaUpdatePlan {
 };
 
 }  // namespace pyft
+  DeviceTable<DeviceCutRows> device_cut_rows_;
+  // Sums of pieces of long rows, and how many of each row are there.
+  DeviceTable<RowSums> row_pieces_;
+  DeviceTable<uint32_t> rows_done_;

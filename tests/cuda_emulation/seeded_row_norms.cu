@@ -1,4 +1,4 @@
-// The kernel of adaptive clipping against eq. 3 of Brock et al. 2021 in double, on rows of one element to many chunks.
+// The kernel of adaptive clipping against eq. 3 of Brock et al. 2021 in double, on rows of one element to many pieces.
 #include "row_norms_cuda.cu"
 #include "seeded_driver.h"
 
@@ -13,7 +13,9 @@ constexpr float kLimit = 0.5f;
 struct Shape {
   int64_t rows, length, shift;
 };
-const Shape kShapes[] = {{40, 7, 1}, {3, 1300, 0}, {2, 9003, 2}, {5, 1, 0}, {1, 0, 0}, {9, 260, 0}, {1, 50001, 0}};
+// Of the last three, rows are summed by one block, and by several.
+const Shape kShapes[] = {{40, 7, 1},   {5, 1, 0},    {1, 0, 0},     {9, 260, 0},
+                         {3, 1300, 0}, {2, 9003, 2}, {2, 16385, 3}, {1, 50002, 0}};
 
 void check_one(float clip_value) {
   std::vector<std::unique_ptr<Memory<float>>> grads, params;
@@ -37,15 +39,27 @@ void check_one(float clip_value) {
     lengths.push_back(shape.length);
     row_count += shape.rows;
   }
-  Memory<RowTask> tasks(cut_into_row_tasks(rows, lengths));
+  const RowTasks made = cut_into_row_tasks(rows, lengths);
+  drive::expect(made.num_pieces == 2 * 3 + 7 && made.num_cut_rows == 3, "pieces", 0,
+                static_cast<double>(made.num_pieces), 13);
+  Memory<RowTask> tasks(made.tasks);
+  Memory<DeviceCutRows> cut(made.cut);
+  Memory<RowSums> pieces(made.num_pieces);
+  Memory<uint32_t> done(std::vector<uint32_t>(made.num_cut_rows, 0));
   Memory<DeviceRows> device_shapes(shapes);
   Memory<DeviceFloats> device_grads(of_grads), device_params(of_params);
   Memory<double> sums(row_count);
   Memory<float> factors(row_count);
   const RowNormsWork work{
       tasks.data(), tasks.size(), device_shapes.data(), device_grads.data(), device_params.data(), clip_value,
-      kClipping,    kEps,         sums.data(),          factors.data()};
-  for (int launch = 0; launch < 2; ++launch) {
+      kClipping,    kEps,         sums.data(),          factors.data(),      cut.data(),           pieces.data(),
+      done.data()};
+  std::vector<double> bits;
+  for (int blocks : {2, 1, 5}) {
+    cuda_emulation::settings.blocks_each = blocks;
+    std::fill_n(sums.data(), row_count, NAN);
+    std::fill_n(factors.data(), row_count, NAN);
+    std::fill_n(pieces.data(), pieces.size(), RowSums{NAN, NAN});
     drive::expect(launch_row_norms(work, nullptr) == cudaSuccess, "launch", 0, 1, 0);
     for (size_t t = 0; t < grads.size(); ++t) {
       for (int64_t row = 0; row < rows[t]; ++row) {
@@ -62,6 +76,12 @@ void check_one(float clip_value) {
                            1e-7);
       }
     }
+    bits.insert(bits.end(), sums.data(), sums.data() + row_count);
+    for (int64_t row = 0; row < row_count; ++row) {
+      drive::expect(sums[row] == bits[row], "bits of sums with another grid", row, sums[row], bits[row]);
+    }
+    pieces.expect_guards("what lies around pieces");
+    done.expect_guards("what lies around counts");
     sums.expect_guards("what lies around sums");
     factors.expect_guards("what lies around factors");
   }

@@ -173,6 +173,30 @@ BUGS: dict[str, dict[str, Bug]] = {
         "vectors begin at any element": Bug(FOUR, "count == kFour && ", ALIGNED, "true", "misaligned"),
     },
     "row_norms": {
+        "two sums share their scratch": Bug(
+            ROWS, "block_sum(mine.param, ", "of_param", "of_grad", "race: .* of of_grad"
+        ),
+        "nothing is released before a piece is said to be done": Bug(
+            ROWS, "task.first, sums);\n    ", "__threadfence();", ";", "race: .* global memory"
+        ),
+        "nothing is acquired by the last block of a row": Bug(
+            ROWS, "== count - 1;\n    ", "__threadfence();", ";", "race: .* global memory"
+        ),
+        "warps do not wait to hear whether theirs is the last": Bug(
+            ROWS, "__threadfence();\n  }\n  ", BARRIER, ";", "array is_last is read before|race: .* of is_last"
+        ),
+        "the block before the last one adds the pieces": Bug(
+            ROWS, "atomicAdd(done, 1u) == ", "count - 1", "count - 2", "wrong|race"
+        ),
+        "the count of pieces is left for the next launch": Bug(
+            ROWS, "row, all);\n    ", "store(done, 0u);", ";", "wrong: (sums|bits|factors)"
+        ),
+        "the last piece is as long as the others": Bug(
+            ROWS, "", "left < kRowPiece ? left : kRowPiece", "kRowPiece", "wrong"
+        ),
+        "every piece begins where its row does": Bug(
+            ROWS, "", "row * rows.length + begin", "row * rows.length", "wrong"
+        ),
         "the tail is a whole vector": Bug(ROWS, "begin + i, ", TAIL, "kFour", "wrong"),
         "lanes of other warps write the row": Bug(ROWS, "if (", "lane == 0", "lane < 2", "race|wrong"),
         "vectors begin at any element": Bug(FOUR, "count == kFour && ", ALIGNED, "true", "misaligned"),
