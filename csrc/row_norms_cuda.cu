@@ -56,8 +56,9 @@ template <class Shared, class Flag>
 __device__ __forceinline__ void sum_piece(const RowNormsWork& work, const RowTask& task, const DeviceRows& rows,
                                           Shared of_grad, Shared of_param, Flag is_last) {
   const DeviceCutRows cut = load(work.cut + task.tensor);
-  const int64_t count = pieces_of_row(rows.length), row = task.first / count;
-  const int64_t begin = task.first % count * kRowPiece, left = rows.length - begin;
+  // No memory holds 2^32 pieces, and a division of 64 bits is a call.
+  const uint32_t count = static_cast<uint32_t>(pieces_of_row(rows.length)), number = static_cast<uint32_t>(task.first);
+  const int64_t row = number / count, begin = number % count * kRowPiece, left = rows.length - begin;
   uint32_t* done = work.done + cut.first_row + row;
   const RowSums sums = sums_of_block(parts_of_row(work, task.tensor, row * rows.length + begin,
                                                   left < kRowPiece ? left : kRowPiece, threadIdx.x, kThreads),
@@ -74,7 +75,7 @@ __device__ __forceinline__ void sum_piece(const RowNormsWork& work, const RowTas
   }
   const RowSums* pieces = work.pieces + cut.first_piece + row * count;
   RowSums all = {0.0, 0.0};
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) {
+  for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
     const RowSums piece = load(pieces + i);
     all = {all.grad + piece.grad, all.param + piece.param};
   }
