@@ -98,5 +98,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       .def("has_rows", &pyft::CudaUpdatePlan::has_rows)
       .def("uploads", &pyft::CudaUpdatePlan::uploads)
       .def("take_norms", &take_norms)
+      .def("refresh", [](pyft::CudaUpdatePlan& plan,
+                         const std::vector<pyft::GroupTuple>& groups) { plan.refresh(pyft::unpack(groups)); })
       .def("update", &update);
 }

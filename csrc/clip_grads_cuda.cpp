@@ -61,10 +61,17 @@ void agc_grads_(const std::vector<Tensor>& grads, const std::vector<Tensor>& par
     shapes.push_back({shape.length, first_row});
     first_row += rows.back();
   }
+  RowTasks made = cut_into_row_tasks(rows, lengths);
   DeviceTable<RowTask> tasks;
   DeviceTable<DeviceRows> device_rows;
+  DeviceTable<DeviceCutRows> cut;
+  DeviceTable<RowSums> pieces;
+  DeviceTable<uint32_t> done;
   DeviceTable<float> factors;
-  tasks.put(cut_into_row_tasks(rows, lengths), grads[0]);
+  tasks.put(std::move(made.tasks), grads[0]);
+  cut.put(std::move(made.cut), grads[0]);
+  pieces.reserve(made.num_pieces, grads[0]);
+  done.put(std::vector<uint32_t>(made.num_cut_rows, 0), grads[0]);
   device_rows.put(std::move(shapes), grads[0]);
   factors.reserve(first_row, grads[0]);
   const RowNormsWork work{tasks.data(),
@@ -76,7 +83,10 @@ void agc_grads_(const std::vector<Tensor>& grads, const std::vector<Tensor>& par
                           clipping,
                           eps,
                           nullptr,
-                          factors.data()};
+                          factors.data(),
+                          cut.data(),
+                          pieces.data(),
+                          done.data()};
   check_launch(launch_row_norms(work, device.stream()), "agc_grads_");
   check_launch(launch_scale_rows(of_grads.table(), device_rows.data(), factors.data(), device.stream()), "agc_grads_");
 }

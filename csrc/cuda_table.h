@@ -42,18 +42,25 @@ inline void refuse_capture(cudaStream_t stream, const char* op) {
 template <class T>
 class DeviceTable {
  public:
-  // The memory that was copied from, if entries have changed.
-  std::optional<torch::stable::Tensor> put(std::vector<T> values, const torch::stable::Tensor& like) {
+  // The memory that was copied from, if entries have changed, or `anyway`: then from where they were before, since a
+  // capture is no time to allocate.
+  std::optional<torch::stable::Tensor> put(std::vector<T> values, const torch::stable::Tensor& like,
+                                           bool anyway = false) {
     const int64_t bytes = static_cast<int64_t>(values.size() * sizeof(T));
-    if (device_.has_value() && values.size() == values_.size() &&
-        std::memcmp(values.data(), values_.data(), bytes) == 0) {
-      return std::nullopt;
+    const bool fits = device_.has_value() && values.size() == values_.size();
+    if (fits && (bytes == 0 || std::memcmp(values.data(), values_.data(), bytes) == 0)) {
+      if (!anyway || bytes == 0) {
+        return std::nullopt;
+      }
+      torch::stable::copy_(*device_, *staged_, true);
+      return staged_;
     }
-    if (!device_.has_value() || values.size() != values_.size()) {
+    if (!fits) {
       device_ = device_bytes(bytes, like);
     }
     values_ = std::move(values);
-    return bytes > 0 ? std::optional(copy_to_device(values_.data(), *device_)) : std::nullopt;
+    staged_ = bytes > 0 ? std::optional(copy_to_device(values_.data(), *device_)) : std::nullopt;
+    return staged_;
   }
 
   // Room for entries that kernels write.
@@ -68,7 +75,7 @@ class DeviceTable {
 
  private:
   std::vector<T> values_;
-  std::optional<torch::stable::Tensor> device_;
+  std::optional<torch::stable::Tensor> device_, staged_;
 };
 
 }  // namespace pyft

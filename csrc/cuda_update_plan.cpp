@@ -64,11 +64,13 @@ CudaUpdatePlan::CudaUpdatePlan(PlanInput input, Tensor decision)
   put(device_fresh_, std::move(fresh));
 }
 
-void CudaUpdatePlan::keep(std::optional<Tensor> copied) {
-  uploads_ += copied.has_value();
-  if (copied.has_value() && clip_.captured) {
+bool CudaUpdatePlan::keep(std::optional<Tensor> copied) {
+  const bool is_copied = copied.has_value();
+  uploads_ += is_copied;
+  if (is_copied && clip_.captured) {
     kept_.push_back(std::move(*copied));
   }
+  return is_copied;
 }
 
 void CudaUpdatePlan::point_at(DeviceTensor& record, Slot slot, void* data) {
@@ -122,7 +124,17 @@ void CudaUpdatePlan::put_groups(const std::vector<RuleHyper>& groups, const std:
     }
     rules_ = std::move(rules);
   }
-  put(device_groups_, std::move(entries));
+  const bool copied = put(device_groups_, std::move(entries));
+  numbers_in_graph_ = numbers_in_graph_ || (copied && clip_.captured);
+}
+
+void CudaUpdatePlan::refresh(const std::vector<RuleHyper>& groups) {
+  STD_TORCH_CHECK(!numbers_in_graph_,
+                  "the captured graph brings its own hyperparameters in every replay, because the step before the "
+                  "capture had others or there was none; take one with the same numbers, then capture");
+  const CudaDevice device(decision_);
+  clip_.captured = false;
+  put_groups(groups, lrs_);
 }
 
 void CudaUpdatePlan::put_rows() {
@@ -139,15 +151,20 @@ void CudaUpdatePlan::put_rows() {
   }
   row_factors_.reserve(begin.back(), decision_);
   terms_.reserve(begin.back(), decision_);
-  put(device_params_, std::move(params));
-  put(device_tasks_, cut_into_row_tasks(rows, lengths));
+  put(device_params_, std::move(params), captured_);
+  RowTasks tasks = cut_into_row_tasks(rows, lengths);
+  row_pieces_.reserve(tasks.num_pieces, decision_);
+  put(rows_done_, std::vector<uint32_t>(tasks.num_cut_rows, 0));
+  put(device_tasks_, std::move(tasks.tasks));
+  put(device_cut_rows_, std::move(tasks.cut));
   put(device_rows_, std::move(shapes));
   put(device_row_begin_, std::move(begin));
 }
 
+// A captured step copies its addresses in every replay, and the steps after it copy theirs: either may come next.
 void CudaUpdatePlan::put_tables() {
-  put(device_grads_, grads_);
-  put(device_records_, records_);
+  put(device_grads_, grads_, captured_);
+  put(device_records_, records_, captured_);
 }
 
 // All but the counts: a step without norms must not heed what the last one with norms found.
@@ -173,9 +190,19 @@ void CudaUpdatePlan::sum_squares(cudaStream_t stream) {
     check_launch(launch_sum_of_squares(grads_table(), clip_.clip_value, terms_.data(), stream), "update_");
     return;
   }
-  const RowNormsWork work{device_tasks_.data(),  device_tasks_.size(), device_rows_.data(), device_grads_.data(),
-                          device_params_.data(), clip_.clip_value,     clip_.agc,           kAgcEps,
-                          terms_.data(),         row_factors_.data()};
+  const RowNormsWork work{device_tasks_.data(),
+                          device_tasks_.size(),
+                          device_rows_.data(),
+                          device_grads_.data(),
+                          device_params_.data(),
+                          clip_.clip_value,
+                          clip_.agc,
+                          kAgcEps,
+                          terms_.data(),
+                          row_factors_.data(),
+                          device_cut_rows_.data(),
+                          row_pieces_.data(),
+                          rows_done_.data()};
   check_launch(launch_row_norms(work, stream), "update_");
 }
 
@@ -219,6 +246,8 @@ void CudaUpdatePlan::take_norms(const std::vector<RuleHyper>& groups, const std:
                                 const ClipOptions& clip, const Others& others) {
   const CudaDevice device(decision_);
   clip_ = clip;
+  captured_ = captured_ || clip.captured;
+  lrs_ = lrs;
   put_groups(groups, lrs);
   if (clip_.by_rows()) {
     put_rows();

@@ -59,6 +59,10 @@ class CudaUpdatePlan {
   // The second half: the decision, if others were waited for, and the update.
   void update(const Others& others);
 
+  // New numbers of groups for replays of a captured step: by the current stream, in place. Learning rates in device
+  // memory stay. Throws where replays would bring the old ones back.
+  void refresh(const std::vector<RuleHyper>& groups);
+
   // The update alone, by a factor in device memory, or null for 1. Counters hold the number of this step.
   void update_by(const std::vector<RuleHyper>& groups, const float* coef);
 
@@ -76,10 +80,11 @@ class CudaUpdatePlan {
   void launch(const float* coef, bool advance, cudaStream_t stream);
 
   template <class T>
-  void put(DeviceTable<T>& table, std::vector<T> values) {
-    keep(table.put(std::move(values), decision_));
+  bool put(DeviceTable<T>& table, std::vector<T> values, bool anyway = false) {
+    return keep(table.put(std::move(values), decision_, anyway));
   }
-  void keep(std::optional<torch::stable::Tensor> copied);
+  // Whether there is a copy.
+  bool keep(std::optional<torch::stable::Tensor> copied);
   StepDecision* decision() const { return static_cast<StepDecision*>(decision_.mutable_data_ptr()); }
   DeviceFloatsTable grads_table() const;
 
@@ -93,6 +98,9 @@ class CudaUpdatePlan {
   std::vector<Fit> fits_;
   ClipOptions clip_;
   bool fresh_decision_ = false;
+  // Whether any step was captured, and whether one copies the numbers of groups to the device in every replay.
+  bool captured_ = false, numbers_in_graph_ = false;
+  std::vector<const float*> lrs_;
   int64_t uploads_ = 0, num_chunks_ = 0;
   // Host memory that graphs copy from in every replay.
   std::vector<torch::stable::Tensor> kept_;
@@ -106,6 +114,10 @@ class CudaUpdatePlan {
   DeviceTable<DeviceGroup> device_groups_;
   DeviceTable<RowTask> device_tasks_;
   DeviceTable<DeviceRows> device_rows_;
+  DeviceTable<DeviceCutRows> device_cut_rows_;
+  // Sums of pieces of long rows, and how many of each row are there.
+  DeviceTable<RowSums> row_pieces_;
+  DeviceTable<uint32_t> rows_done_;
   // Sums of squares of chunks or rows; what the decision works in; factors of rows and of tensors.
   DeviceTable<double> terms_, scratch_;
   DeviceTable<float> row_factors_, scales_;

@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-// Rows up to this length are summed by one warp each, longer ones by the block.
+// Rows up to this length are summed by one warp each, longer ones by the block, those above kWholeRow by several.
 constexpr int64_t kShortRow = 1024;
 
 // This thread's part of a sum over elements begin .. begin + length - 1, as one of `threads`.
@@ -29,10 +29,6 @@ __device__ __forceinline__ double part_of_sum(const DeviceFloats& x, int64_t beg
   return (sums[0] + sums[2]) + (sums[1] + sums[3]);
 }
 
-struct RowSums {
-  double grad, param;
-};
-
 __device__ __forceinline__ RowSums parts_of_row(const RowNormsWork& work, int32_t tensor, int64_t begin, int64_t length,
                                                 int thread, int threads) {
   const DeviceFloats grad = load(work.grads + tensor), param = load(work.params + tensor);
@@ -48,9 +44,52 @@ __device__ __forceinline__ void write_row(const RowNormsWork& work, int64_t row,
   store(work.factors + row, static_cast<float>(agc_row_factor(sums.grad, sums.param, work.clipping, work.eps)));
 }
 
+// In thread 0. The barrier of each sum frees the scratch of the other.
+template <class Shared>
+__device__ __forceinline__ RowSums sums_of_block(const RowSums& mine, Shared of_grad, Shared of_param) {
+  const double grad = block_sum(mine.grad, of_grad);
+  return {grad, block_sum(mine.param, of_param)};
+}
+
+// The sums of one piece; those of its row by the block that is done last, in the order of the pieces.
+template <class Shared, class Flag>
+__device__ __forceinline__ void sum_piece(const RowNormsWork& work, const RowTask& task, const DeviceRows& rows,
+                                          Shared of_grad, Shared of_param, Flag is_last) {
+  const DeviceCutRows cut = load(work.cut + task.tensor);
+  // No memory holds 2^32 pieces, and a division of 64 bits is a call.
+  const uint32_t count = static_cast<uint32_t>(pieces_of_row(rows.length)), number = static_cast<uint32_t>(task.first);
+  const int64_t row = number / count, begin = number % count * kRowPiece, left = rows.length - begin;
+  uint32_t* done = work.done + cut.first_row + row;
+  const RowSums sums = sums_of_block(parts_of_row(work, task.tensor, row * rows.length + begin,
+                                                  left < kRowPiece ? left : kRowPiece, threadIdx.x, kThreads),
+                                     of_grad, of_param);
+  if (threadIdx.x == 0) {
+    store(work.pieces + cut.first_piece + task.first, sums);
+    __threadfence();
+    is_last[0] = atomicAdd(done, 1u) == count - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  if (is_last[0] == 0) {
+    return;
+  }
+  const RowSums* pieces = work.pieces + cut.first_piece + row * count;
+  RowSums all = {0.0, 0.0};
+  for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
+    const RowSums piece = load(pieces + i);
+    all = {all.grad + piece.grad, all.param + piece.param};
+  }
+  all = sums_of_block(all, of_grad, of_param);
+  if (threadIdx.x == 0) {
+    write_row(work, rows.first_row + row, all);
+    store(done, 0u);
+  }
+}
+
 __global__ void __launch_bounds__(kThreads) row_norms_kernel(RowNormsWork work) {
   PYFT_SHARED(double, of_grad, kWarps);
   PYFT_SHARED(double, of_param, kWarps);
+  PYFT_SHARED(int, is_last, 1);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   for (int64_t number = blockIdx.x; number < work.num_tasks; number += gridDim.x) {
     const RowTask task = load(work.tasks + number);
@@ -66,14 +105,17 @@ __global__ void __launch_bounds__(kThreads) row_norms_kernel(RowNormsWork work) 
       }
       continue;
     }
+    if (rows.length > kWholeRow) {
+      sum_piece(work, task, rows, of_grad, of_param, is_last);
+      continue;
+    }
     for (int64_t i = 0; i < task.rows; ++i) {
       const int64_t row = task.first + i;
-      RowSums sums = parts_of_row(work, task.tensor, row * rows.length, rows.length, threadIdx.x, kThreads);
-      sums = {block_sum(sums.grad, of_grad), block_sum(sums.param, of_param)};
+      const RowSums mine = parts_of_row(work, task.tensor, row * rows.length, rows.length, threadIdx.x, kThreads);
+      const RowSums sums = sums_of_block(mine, of_grad, of_param);
       if (threadIdx.x == 0) {
         write_row(work, rows.first_row + row, sums);
       }
-      __syncthreads();
     }
   }
 }

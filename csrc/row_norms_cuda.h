@@ -15,25 +15,56 @@ struct alignas(16) DeviceRows {
   int64_t length, first_row;
 };
 
-// Whole rows of one gradient, the work of one thread block. 16 bytes: one load.
+// Rows that are longer are cut into pieces, so that a few long ones keep a whole GPU busy.
+constexpr int64_t kWholeRow = 16384;
+constexpr int64_t kRowPiece = 8192;
+
+PYFT_HOST_DEVICE int64_t pieces_of_row(int64_t length) {
+  return length <= kWholeRow ? 1 : (length + kRowPiece - 1) / kRowPiece;
+}
+
+// The work of one thread block: whole rows of one gradient from number `first` on, or, of rows that are cut, the piece
+// of number `first` in that gradient. 16 bytes: one load.
 struct alignas(16) RowTask {
   int64_t first;
   int32_t tensor, rows;
 };
 
-// About as many elements as a chunk has, or one row that may be longer.
-inline std::vector<RowTask> cut_into_row_tasks(const std::vector<int64_t>& rows, const std::vector<int64_t>& lengths) {
+// Of a gradient whose rows are cut: numbers of its first piece and its first row among all that are. 16 bytes.
+struct alignas(16) DeviceCutRows {
+  int64_t first_piece, first_row;
+};
+
+struct RowTasks {
   std::vector<RowTask> tasks;
+  // For each gradient, and what there is in all.
+  std::vector<DeviceCutRows> cut;
+  int64_t num_pieces = 0, num_cut_rows = 0;
+};
+
+// About as many elements as a chunk has, or one row that may be longer, or a piece. The cut of a gradient depends on
+// its own shape alone.
+inline RowTasks cut_into_row_tasks(const std::vector<int64_t>& rows, const std::vector<int64_t>& lengths) {
+  RowTasks made;
   for (size_t tensor = 0; tensor < rows.size(); ++tensor) {
+    const int64_t pieces = pieces_of_row(lengths[tensor]);
     const int64_t fit = lengths[tensor] == 0 ? kDeviceChunk : kDeviceChunk / lengths[tensor];
-    const int64_t together = fit < 1 ? 1 : fit;
-    for (int64_t first = 0; first < rows[tensor]; first += together) {
-      const int64_t left = rows[tensor] - first;
-      tasks.push_back({first, static_cast<int32_t>(tensor), static_cast<int32_t>(left < together ? left : together)});
+    const int64_t together = fit < 1 ? 1 : fit, end = rows[tensor] * pieces;
+    for (int64_t first = 0; first < end; first += together) {
+      const int32_t left = static_cast<int32_t>(end - first < together ? end - first : together);
+      made.tasks.push_back({first, static_cast<int32_t>(tensor), left});
     }
+    made.cut.push_back({made.num_pieces, made.num_cut_rows});
+    made.num_pieces += pieces > 1 ? end : 0;
+    made.num_cut_rows += pieces > 1 ? rows[tensor] : 0;
   }
-  return tasks;
+  return made;
 }
+
+// Sums of squares of a row, or of a piece of it. 16 bytes: one access.
+struct alignas(16) RowSums {
+  double grad, param;
+};
 
 struct RowNormsWork {
   const RowTask* tasks;
@@ -46,6 +77,11 @@ struct RowNormsWork {
   // For each row: the sum of squares of the gradient, or null, and the factor.
   double* sums;
   float* factors;
+  // For rows that are cut: their numbers by tensor, the sums of each piece, and how many pieces of each row are done: 0
+  // before a launch and after it.
+  const DeviceCutRows* cut;
+  RowSums* pieces;
+  uint32_t* done;
 };
 
 cudaError_t launch_row_norms(const RowNormsWork& work, cudaStream_t stream);

@@ -18,22 +18,16 @@ from pyft.ops.update import check_parameter
 from pyft.optim import shards
 from pyft.optim import state as state_of
 from pyft.optim.backward import BackwardNorms, InBackward, UpdateHooks, refuse_several_processes
+from pyft.optim.captured import CapturedSteps
 from pyft.optim.checks import at_least_zero
 from pyft.optim.decide import Decision, decide
-from pyft.optim.device_plan import (
-    DevicePlan,
-    device_policy,
-    read,
-    refuse_capture,
-    reports_together,
-    takes_all,
-)
+from pyft.optim.device_plan import DevicePlan, device_policy, read, refuse_capture, reports_together, takes_all
 from pyft.optim.options import StepOptions, checked
 from pyft.optim.report import LastStep, name_of, nonfinite_message, number_of
 from pyft.optim.step_plan import GroupStep, Member, StepPlan, add_exactly, group_step
 
 
-class CoreOptimizer(torch.optim.Optimizer):
+class CoreOptimizer(CapturedSteps, torch.optim.Optimizer):
     """Base of the optimizers. A class gives the rule of a group, its numbers, and checks its hyperparameters."""
 
     # Names of all state that the class may keep, for loading.
@@ -62,6 +56,7 @@ class CoreOptimizer(torch.optim.Optimizer):
         self._plans: dict[int, StepPlan | DevicePlan] = {}
         # Of the last step, where it was taken on a GPU.
         self._device_plan: DevicePlan | None = None
+        self._captured: list[DevicePlan] = []
         self._hooks: UpdateHooks | None = None
         self._norms = None
         self._backward = InBackward()
@@ -295,6 +290,7 @@ class CoreOptimizer(torch.optim.Optimizer):
         if raises:
             refuse_capture()
         plan.step(self._group_steps(), self.settings)
+        self._note_capture(plan)
         self._device_plan = None if raises else plan
         if raises:
             found = plan.report(self._name_of_number, 0).read()
@@ -466,6 +462,7 @@ class CoreOptimizer(torch.optim.Optimizer):
             self._backward.smallest = min(self._backward.smallest, last.clip_coef)
             return
         plan.step(self._group_steps(), self.settings)
+        self._note_capture(plan)
         self._backward.plans.append(plan)
         param.grad = None
         if not self.settings.takes_norm:

@@ -23,6 +23,7 @@ from pyft.optim.step_plan import GroupStep, Member, add_exactly, check_shape, re
 
 # csrc/step_decision_cuda.h, StepDecision.
 _DECISION = struct.Struct("<qqddqqfI")
+_CAPTURE_AGAIN = "that is part of the graph: capture the step again"
 _NEW_DECISION = _DECISION.pack(0, 0, math.nan, 1.0, -1, 0, 1.0, 0)
 
 
@@ -53,6 +54,20 @@ def takes_all(members: Sequence[Member], rules: Sequence[Rule], by_rows: bool, o
         and not (by_rows and not rows_are_runs(member.local))
         for member in members
     )
+
+
+def _clip_options(settings: Settings) -> dict[str, Any]:
+    """As the core takes them."""
+    limits, refuses = settings.limits, device_policy(settings) != "ignore"
+    return {
+        "clip_value": settings.clip_value,
+        "agc": limits.agc,
+        "tensor": limits.tensor,
+        "group": limits.group,
+        "global": limits.global_,
+        "refuses": refuses,
+        "takes_norm": limits.any or refuses,
+    }
 
 
 class _OfOneDevice:
@@ -187,6 +202,9 @@ class DevicePlan:
             of_one.core_plan = self._core_plan(of_one, weights, seed)
         self._with_norm = False
         self._lrs: list[Tensor] = []
+        self._lr_groups: set[int] = set()
+        # What was clipped in the last step that was captured in a graph.
+        self.captured_clip: dict[str, Any] | None = None
         self._handed_out: list[weakref.ref[DeviceReport]] = []
 
     def _core_plan(self, of_one: _OfOneDevice, weights: str, seed: int) -> Any:
@@ -234,18 +252,10 @@ class DevicePlan:
         self._handed_out = []
         # Raw writes are unseen by autograd: without this a saved, now stale weight is used in silence.
         torch.autograd.graph.increment_version(self._versions)
-        limits, policy = settings.limits, device_policy(settings)
-        self._with_norm = limits.any or policy != "ignore"
-        clip = {
-            "clip_value": settings.clip_value,
-            "agc": limits.agc,
-            "tensor": limits.tensor,
-            "group": limits.group,
-            "global": limits.global_,
-            "refuses": policy != "ignore",
-            "takes_norm": self._with_norm,
-            "captured": is_capturing(),
-        }
+        clip = {**_clip_options(settings), "captured": is_capturing()}
+        self._with_norm = clip["takes_norm"]
+        if clip["captured"]:
+            self.captured_clip = clip
         several = self._with_norm and len(self.devices) > 1
         if several:
             self._make_room_for_parts(len(groups))
@@ -253,6 +263,7 @@ class DevicePlan:
             lrs = {g: group.lr for g, group in enumerate(groups) if group.lr is not None}
             # Alive until they are used.
             self._lrs = [lr.to(of_one.decision.device, torch.float32, non_blocking=True) for lr in lrs.values()]
+            self._lr_groups = set(lrs)
             of_one.core_plan.take_norms(
                 [group.for_device for group in groups],
                 tensor_handles(self._lrs) if self._lrs else [],
@@ -268,6 +279,30 @@ class DevicePlan:
         for number, of_one in enumerate(self.devices):
             of_one.core_plan.update(*self._where(number, several))
             of_one.relaid = []
+
+    def refresh(self, groups: Sequence[GroupStep], settings: Settings) -> None:
+        """Numbers of groups for replays of a captured step, on the current stream of each GPU.
+
+        Raises:
+            RuntimeError: what has changed is part of the graph.
+        """
+        clip = {**_clip_options(settings), "captured": True}
+        if changed := [name for name, value in clip.items() if (self.captured_clip or {}).get(name) != value]:
+            raise RuntimeError(f"clipping has changed since the capture ({', '.join(changed)}); {_CAPTURE_AGAIN}")
+        if len(groups) != len(self.rules):
+            raise RuntimeError(f"there were {len(self.rules)} groups, now there are {len(groups)}; {_CAPTURE_AGAIN}")
+        for number, (group, rule) in enumerate(zip(groups, self.rules, strict=True)):
+            if group.rule != rule:
+                was = f"was '{rule.name}' when the step was captured and is '{group.rule.name}'"
+                raise RuntimeError(f"the rule of group {number} {was}; {_CAPTURE_AGAIN}")
+            if (group.lr is not None) != (number in self._lr_groups):
+                kinds = "a number or a tensor on a GPU"
+                raise RuntimeError(f"lr of group {number} is not what it was, {kinds}; {_CAPTURE_AGAIN}")
+        pulled = {number for number, group in enumerate(groups) if group.decay_to_init != 0.0}
+        if any("init" not in member.state for member in self.members if member.group in pulled):
+            raise RuntimeError(f"decay_to_init was 0 when the step was captured; {_CAPTURE_AGAIN}")
+        for of_one in self.devices:
+            of_one.core_plan.refresh([group.for_device for group in groups])
 
     def _where(self, number: int, several: bool) -> tuple[list[Any], int, int, list[Any]]:
         parts = tensor_handles([self.devices[number].parts]) if several else []

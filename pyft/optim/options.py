@@ -25,10 +25,11 @@ class StepOptions(TypedDict, total=False):
     """Keywords of every optimizer in `pyft.optim`.
 
     Where all parameters are on GPUs and the CUDA core is there, a step waits for nothing and can be captured in a CUDA
-    graph: norms, clip factors, step counters and the decision about NaN stay on the GPU, in one launch, or three where
-    norms are taken. With several GPUs the norm is that over all of them, for one small copy from each to each.
-    Parameters on CPU and GPU together, float64 ones, or rows of "agc" that are no runs of memory, make all of them run
-    in PyTorch. Parameters may be DTensors, spread over processes by `fully_shard`: docs/distributed.md.
+    graph (`refresh_graph`, docs/cuda.md): norms, clip factors, step counters and the decision about NaN stay on the
+    GPU, in one launch, or three where norms are taken. With several GPUs the norm is that over all of them, for one
+    small copy from each to each. Parameters on CPU and GPU together, float64 ones, or rows of "agc" that are no runs of
+    memory, make all of them run in PyTorch. Parameters may be DTensors, spread over processes by `fully_shard`:
+    docs/distributed.md.
 
     Attributes:
         clip_norm: limit of `clip_mode`, or limits of several modes by name, for instance {"agc": 0.01, "global": 1.0}:

@@ -97,6 +97,26 @@ def test_a_captured_step_is_a_step() -> None:
     assert all(torch.equal(a, b) for a, b in zip(on_gpu, captured, strict=True))
 
 
+def test_replays_take_the_numbers_of_the_last_refresh() -> None:
+    on_gpu, captured = (models(torch.float32)[1] for _ in range(2))
+    plain, graphed = (pyft.optim.AdamW(params, lr=0.1, clip_norm=1.0) for params in (on_gpu, captured))
+    give_gradients(on_gpu, captured, seed=0)
+    plain.step()
+    graphed.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        graphed.step()
+    graph.replay()
+    plain.step()
+    for weight_decay in (0.5, 0.1):
+        for optimizer in (plain, graphed):
+            optimizer.param_groups[0].update(lr=0.01, betas=(0.5, 0.8), weight_decay=weight_decay)
+        graphed.refresh_graph()
+        graph.replay()
+        plain.step()
+    assert all(torch.equal(a, b) for a, b in zip(on_gpu, captured, strict=True))
+
+
 @pytest.mark.parametrize("capturable", [False, True])
 def test_state_goes_to_torch_and_back(capturable: bool) -> None:
     ours, theirs = (models(torch.float32)[1] for _ in range(2))

@@ -7,6 +7,8 @@ import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import clip_modes_float64 as clip_formulas
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -277,6 +279,40 @@ def test_the_grid_changes_no_bit(gpu: Any) -> None:
     for other in runs[1:]:
         assert other[0] == runs[0][0]
         assert all(torch.equal(a, b) for a, b in zip(other[1], runs[0][1], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_rows_are_shared_out_among_blocks(gpu: Any, no_waiting: Any, dtype: torch.dtype) -> None:
+    """Three launches for any shape, the bits of one block for any grid, and adaptive clipping's own formula."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(70_001,), (2, 16_385), (3, 16_384), (40, 5)]
+    values = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    grads = [torch.randn(shape, generator=generator).to(dtype) * 3.0 for shape in shapes]
+    runs = []
+    for processors, each in ((1, 1), (2, 1), (30, 4)):
+        gpu.set(processors=processors, each=each)
+        params = [torch.nn.Parameter(value.clone()) for value in values]
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad.clone()
+        optimizer = pyft.optim.SGD(params, lr=1.0, clip_norm=0.01, clip_mode="agc")
+        optimizer.step()
+        gpu.reset()
+        with no_waiting():
+            optimizer.step()
+        assert gpu.counters()["launches"] == 3
+        assert gpu.counters()["synchronisations"] == 0
+        runs.append((optimizer.last_step.total_norm, params))
+    for other in runs[1:]:
+        assert other[0] == runs[0][0]
+        assert all(torch.equal(a, b) for a, b in zip(other[1], runs[0][1], strict=True))
+    wanted = [value.double().numpy() for value in values]
+    for _ in range(2):
+        clipped, total, _ = clip_formulas.clip([g.double().numpy() for g in grads], wanted, [0] * 4, {"agc": 0.01})
+        wanted = [value - grad for value, grad in zip(wanted, clipped, strict=True)]
+    assert runs[0][0] == pytest.approx(total, rel=1e-12)
+    tolerance = 1e-6 if dtype == torch.float32 else 0.03
+    for param, want in zip(runs[0][1], wanted, strict=True):
+        np.testing.assert_allclose(param.detach().double().numpy(), want, rtol=tolerance, atol=tolerance)
 
 
 def test_chunks_of_a_long_tensor(gpu: Any) -> None:

@@ -1,0 +1,274 @@
+"""The kernels of a step with one mistake each, seeded into their very source: the emulation or a formula finds it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pyft.core.cache import cache_root
+
+FOLDER = Path(__file__).resolve().parent
+CSRC = FOLDER.parents[1] / "csrc"
+FLAGS = ("-std=c++20", "-O1", "-w", "-ffp-contract=off", "-DPYFT_CUDA_EMULATION", f"-I{FOLDER}")
+ORDERS = (("ascending",), ("descending",), ("random", "1"))
+DRIVERS = ("update", "decision", "grad_norm", "row_norms")
+pytestmark = pytest.mark.build
+
+
+@dataclass(frozen=True)
+class Bug:
+    """One change of a source.
+
+    Attributes:
+        file: of csrc.
+        after: what stands before `right`, so that the place is the only one of its kind.
+        right, broken: a statement, or an expression; what takes its place.
+        caught: a regular expression of what must be said of it.
+    """
+
+    file: str
+    after: str
+    right: str
+    broken: str
+    caught: str
+
+    def seeded(self, number: int) -> str:
+        """Both, of which the program takes one as it runs: so all bugs of a source are compiled once."""
+        if self.right.endswith(";"):
+            return f"if (::seeded({number})) {{ {self.broken} }} else {{ {self.right} }}"
+        return f"(::seeded({number}) ? ({self.broken}) : ({self.right}))"
+
+
+BARRIER = "__syncthreads();"
+TAIL = "left < kFour ? static_cast<int>(left) : kFour"
+ALIGNED = "reinterpret_cast<uintptr_t>(place) % (kFour * bytes) == 0"
+UPDATE, DECISION, NORM = "update_cuda.cu", "step_decision_cuda.cu", "grad_norm_cuda.cu"
+ROWS, SUMS, FOUR = "row_norms_cuda.cu", "block_sums_cuda.h", "four_elements_cuda.h"
+
+BUGS: dict[str, dict[str, Bug]] = {
+    "update": {
+        "record is overwritten while warps read it": Bug(
+            UPDATE, "tensor = chunk.tensor;\n      ", BARRIER, ";", "race: .* of record"
+        ),
+        "record is read before all of it is there": Bug(
+            UPDATE, "+ threadIdx.x);\n      }\n      ", BARRIER, ";", "array record is read before|race: .* of record"
+        ),
+        "constants are read before they are computed": Bug(
+            UPDATE,
+            "known, floats, numbers);\n      }\n      ",
+            BARRIER,
+            ";",
+            "array floats is read before|race: .* of floats",
+        ),
+        "the last block is asked for while warps still work": Bug(
+            UPDATE, "finish_step(const UpdateWork& work, Numbers numbers) {\n  ", BARRIER, ";", "race"
+        ),
+        "nothing is released before a block says it is done": Bug(
+            UPDATE, "if (threadIdx.x == 0) {\n    ", "__threadfence();", ";", "race: .* global memory"
+        ),
+        "nothing is acquired by the last block": Bug(
+            UPDATE, "== gridDim.x - 1;\n    ", "__threadfence();", ";", "race: .* global memory"
+        ),
+        "the block after the last one moves the counters on": Bug(
+            UPDATE, "&work.decision->done, 1u) == ", "gridDim.x - 1", "gridDim.x", "wrong: count"
+        ),
+        "the tail is a whole vector": Bug(UPDATE, "left < 0 ? 0 : ", TAIL, "kFour", "wrong|race"),
+        "a step that was refused is taken": Bug(UPDATE, "", "load(&work.decision->skip) != 0", "false", "wrong: param"),
+        "every lane reads the scale that one lane writes": Bug(
+            UPDATE, "const float scale = ", "lane == 0", "true", "race: .* global memory"
+        ),
+        "constants of another group are kept": Bug(
+            UPDATE, "if (", "number_of_group != known.group", "false", "wrong: param"
+        ),
+        "warps take each other's blocks": Bug(
+            UPDATE, "begin += ", "kWarps * kBlock", "kBlock", "race: .* global memory"
+        ),
+        "a row is one element longer": Bug(
+            "row_norms_cuda.h",
+            "left = ",
+            "row_length - place % row_length",
+            "row_length - place % row_length + 1",
+            "wrong: param",
+        ),
+        "vectors begin at any element": Bug(FOUR, "count == kFour && ", ALIGNED, "true", "misaligned"),
+    },
+    "decision": {
+        "the decision comes before the sums it is made of": Bug(
+            DECISION,
+            "stage != DecisionStage::sums) {\n    ",
+            "fill_part(work, scratch);",
+            "decide(work, scratch); __syncthreads(); fill_part(work, scratch); return;",
+            "wrong|race",
+        ),
+        "sums of tensors are read before they are there": Bug(
+            DECISION, "work.num_tensors, work.sums);\n  ", BARRIER, ";", "race: .* global memory"
+        ),
+        "two sums share their scratch": Bug(
+            DECISION, "store(to + 1, sum.low);\n  }\n  ", BARRIER, ";", "race: .* of scratch"
+        ),
+        "the part is read before it is there": Bug(
+            DECISION, "store_group_sums(work, part);\n  }\n  ", BARRIER, ";", "race: .* global memory"
+        ),
+        "factors of groups are read before they are there": Bug(
+            DECISION, "work.group_limit));\n    }\n    ", BARRIER, ";", "race: .* global memory"
+        ),
+        "the largest of all warps in place of the smallest": Bug(
+            DECISION, "i < kWarps; ++i) {\n    x = ", "scratch[i] < x", "scratch[i] > x", "wrong: (bad|smallest)"
+        ),
+        "a step that is not refused counts as skipped": Bug(
+            DECISION, "", "store(&decision->skipped, load(&decision->skipped) + 1);", ";", "wrong: skipped"
+        ),
+        "a tensor of just so many parts is nobody's": Bug(
+            SUMS, "if (", "last - first <= kFewChunks", "last - first < kFewChunks", "wrong"
+        ),
+        "warps leave out the last part": Bug(SUMS, "c = first + lane; ", "c < last", "c < last - 1", "wrong"),
+        "half a warp is not added": Bug(
+            SUMS, "double warp_sum(double x) {\n  for (int width = ", "kWarp / 2", "kWarp / 4", "wrong"
+        ),
+        "sums of warps are read before they are there": Bug(
+            SUMS,
+            "scratch[2 * warp + 1] = x.low;\n  }\n  ",
+            BARRIER,
+            ";",
+            "array scratch is read before|race: .* of scratch",
+        ),
+    },
+    "grad_norm": {
+        "the next chunk's sums come while these are read": Bug(
+            NORM, "store(partial + c, sum);\n    }\n    ", BARRIER, ";", "race: .* of of_warps"
+        ),
+        "the next chunk's magnitudes come while these are read": Bug(
+            NORM, "store(partial + c, static_cast<double>(largest));\n    }\n    ", BARRIER, ";", "race: .* of of_warps"
+        ),
+        "magnitudes of warps are read before they are there": Bug(
+            NORM,
+            "of_warps[threadIdx.x / kWarp] = largest;\n    }\n    ",
+            BARRIER,
+            ";",
+            "array of_warps is read before|race: .* of of_warps",
+        ),
+        "sums of tensors are read before they are there": Bug(
+            NORM, "table.num_tensors, sums);\n  ", BARRIER, ";", "race: .* global memory"
+        ),
+        "the tail is a whole vector": Bug(
+            NORM,
+            ": ",
+            "left < kFour ? left\n                                        : kFour",
+            "kFour",
+            "wrong",
+        ),
+        "every chunk begins where its tensor does": Bug(NORM, "", "chunk.offset + place", "place", "wrong"),
+        "the clamp hides NaN": Bug("grad_norm_math.h", "return ", "inside + (x - x)", "inside", "wrong: partial"),
+        "sums of warps are read before they are there": Bug(
+            SUMS, "scratch[warp] = x;\n  }\n  ", BARRIER, ";", "array of_warps is read before|race: .* of of_warps"
+        ),
+        "vectors begin at any element": Bug(FOUR, "count == kFour && ", ALIGNED, "true", "misaligned"),
+    },
+    "row_norms": {
+        "two sums share their scratch": Bug(
+            ROWS, "block_sum(mine.param, ", "of_param", "of_grad", "race: .* of of_grad"
+        ),
+        "nothing is released before a piece is said to be done": Bug(
+            ROWS, "task.first, sums);\n    ", "__threadfence();", ";", "race: .* global memory"
+        ),
+        "nothing is acquired by the last block of a row": Bug(
+            ROWS, "== count - 1;\n    ", "__threadfence();", ";", "race: .* global memory"
+        ),
+        "warps do not wait to hear whether theirs is the last": Bug(
+            ROWS, "__threadfence();\n  }\n  ", BARRIER, ";", "array is_last is read before|race: .* of is_last"
+        ),
+        "the block before the last one adds the pieces": Bug(
+            ROWS, "atomicAdd(done, 1u) == ", "count - 1", "count - 2", "wrong|race"
+        ),
+        "the count of pieces is left for the next launch": Bug(
+            ROWS, "row, all);\n    ", "store(done, 0u);", ";", "wrong: (sums|bits|factors)"
+        ),
+        "the last piece is as long as the others": Bug(
+            ROWS, "", "left < kRowPiece ? left : kRowPiece", "kRowPiece", "wrong"
+        ),
+        "every piece begins where its row does": Bug(
+            ROWS, "", "row * rows.length + begin", "row * rows.length", "wrong"
+        ),
+        "the tail is a whole vector": Bug(ROWS, "begin + i, ", TAIL, "kFour", "wrong"),
+        "lanes of other warps write the row": Bug(ROWS, "if (", "lane == 0", "lane < 2", "race|wrong"),
+        "vectors begin at any element": Bug(FOUR, "count == kFour && ", ALIGNED, "true", "misaligned"),
+    },
+}
+
+
+def seed(driver: str, folder: Path) -> None:
+    """Copies of csrc's headers and kernels, with the bugs of `driver` in them.
+
+    Raises:
+        AssertionError: the text to replace is not there, or more than once: the bug must follow its source.
+    """
+    found: dict[str, list[tuple[int, int, str]]] = {}
+    for number, bug in enumerate(BUGS[driver].values()):
+        source, text = (CSRC / bug.file).read_text(), bug.after + bug.right
+        assert source.count(text) == 1, f"{bug.file} holds {source.count(text)} times: {text}"
+        place = source.index(text) + len(bug.after)
+        found.setdefault(bug.file, []).append((place, place + len(bug.right), bug.seeded(number)))
+    for path in [*CSRC.glob("*.h"), *CSRC.glob("*_cuda.cu")]:
+        source = path.read_text()
+        for begin, end, text in sorted(found.get(path.name, []), reverse=True):
+            source = source[:begin] + text + source[end:]
+        # Where seeded() is declared.
+        before = '#include "seeded_driver.h"\n#line 1\n' if path.name in found else ""
+        (folder / path.name).write_text(before + source)
+
+
+def build(driver: str, folder: Path) -> Path:
+    """The program that runs the kernels of `driver` with a bug of choice, compiled once for its content."""
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no compiler here")
+    folder = folder / driver
+    folder.mkdir()
+    seed(driver, folder)
+    source = FOLDER / f"seeded_{driver}.cu"
+    digest = hashlib.sha256("\n".join(FLAGS).encode())
+    for path in sorted([*FOLDER.glob("*.h"), source, *folder.iterdir()]):
+        digest.update(path.read_bytes())
+    program = cache_root() / "cuda_emulation" / f"seeded_{driver}-{digest.hexdigest()[:16]}"
+    if not program.exists():
+        program.parent.mkdir(parents=True, exist_ok=True)
+        temporary = program.with_suffix(f".{os.getpid()}")
+        command = [compiler, *FLAGS, f"-I{folder}", "-x", "c++", str(source), "-o", str(temporary)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        os.replace(temporary, program)
+    return program
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("seeded")
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        return dict(zip(DRIVERS, pool.map(lambda driver: build(driver, folder), DRIVERS), strict=True))
+
+
+def run(program: Path, bug: int, order: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(program), str(bug), *order], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("order", ORDERS, ids="-".join)
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_kernels_without_a_bug_are_right(programs: dict[str, Path], driver: str, order: tuple[str, ...]) -> None:
+    done = run(programs[driver], -1, order)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("driver", "bug"), [(driver, bug) for driver in DRIVERS for bug in BUGS[driver]])
+def test_a_seeded_bug_is_found_in_every_order(programs: dict[str, Path], driver: str, bug: str) -> None:
+    for order in ORDERS:
+        done = run(programs[driver], list(BUGS[driver]).index(bug), order)
+        assert done.returncode in (1, 2), f"not found, {'-'.join(order)}"
+        assert re.search(BUGS[driver][bug].caught, done.stderr), done.stderr
