@@ -38,6 +38,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # pytest-xdist would keep files of few tests for the end, and the longest of all holds two.
+    config.option.loadscopereorder = False
     order = config.getoption("--cuda-emulation")
     if order:
         from emulated_core import load
