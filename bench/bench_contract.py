@@ -111,7 +111,8 @@ JOBS = {
 def test_contract(benchmark, record, shared_data: Path, tmp_path: Path, job: str) -> None:
     result, held_out = JOBS[job](shared_data, tmp_path / "run")
     proof: dict[str, Any] = result.parity or {}
-    evaluated = benchmark.pedantic(pyft.onnx_runtime.evaluate, args=(result.onnx, held_out), rounds=1)
+    given = {"label_column": result.label_column} if result.label_column else {}
+    evaluated = benchmark.pedantic(pyft.onnx_runtime.evaluate, args=(result.onnx, held_out), kwargs=given, rounds=1)
     name = {"regression": "rmse"}.get(result.problem, "accuracy")
     here = result.metrics[f"val_{name}"]
     record(
