@@ -21,9 +21,6 @@ from torch import nn
 
 import pyft
 import pyft.onnx_runtime
-from pyft.export.onnx import export_module
-from pyft.export.parity import check_parity
-from pyft.samples import Batch
 
 TABLE = "export and proof, and evaluation of the file by onnxruntime"
 
@@ -134,15 +131,24 @@ def test_language_model(benchmark, record, shared_data: Path, tmp_path: Path) ->
     play = (shared_data / "tinyshakespeare" / "input.txt").read_text()
     numbers = torch.tensor(spelled(play[-60_000:], tokens))
     windows = numbers[: len(numbers) // 64 * 64].view(-1, 64)
-    batches = [Batch({"input_ids": part}, None, index) for part, index in zip(
-        windows.split(32), torch.arange(len(windows)).split(32), strict=True
-    )]  # fmt: skip
-    path = export_module(model, {"input_ids": windows[:3]}, tmp_path / "stories.onnx", inputs="tensor")
-    proof = benchmark.pedantic(
-        check_parity, args=(lambda x: model(**x), path, batches), kwargs={"problem": "classification"}, rounds=1
-    )
+    path = pyft.export_onnx(model, tmp_path / "stories.onnx", example={"input_ids": windows[:3]}, inputs="tensor")
+    file = pyft.onnx_runtime.load(path)
+
+    def compare() -> tuple[float, float]:
+        """Largest difference relative to the largest logit of a batch, and share of equal predictions."""
+        differences, same = [], []
+        for part in windows.split(32):
+            with torch.no_grad():
+                expected = model(part).numpy()
+            given = file({"input_ids": part})
+            differences.append(np.abs(given - expected).max() / np.abs(expected).max())
+            same.append((given.argmax(-1) == expected.argmax(-1)).mean())
+        return float(max(differences)), float(np.mean(same))
+
+    max_rel, agreement = benchmark.pedantic(compare, rounds=1)
     record(
-        TABLE, "shakespeare, stories260K", "proof", benchmark.stats.stats.mean, samples=proof.num_samples,
-        max_rel=proof.max_rel, agreement=proof.agreement,
+        TABLE, "shakespeare, stories260K", "comparison", benchmark.stats.stats.mean, samples=len(windows),
+        max_rel=max_rel, agreement=agreement,
     )  # fmt: skip
-    assert (proof.passed, proof.agreement, proof.num_ties) == (True, 1.0, 0)
+    assert agreement == 1.0
+    assert max_rel < 1e-5
