@@ -74,13 +74,21 @@ def repeat_commands(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -
         if key not in ("model", "data", "out", "resume", "progress") and value != defaults.get(key, _MISSING)
     }  # fmt: skip
     words = [_python(arguments["model"]), _python(arguments["data"])]
-    words += [f"{key}={_python(value)}" for key, value in changed.items()]
+    words += [f"{key}={_stages(value) if key == 'strategy' else _python(value)}" for key, value in changed.items()]
     call = f"pyft.finetune({', '.join(words)})"
     return {"python": call, "shell": _shell_command(arguments["model"], arguments["data"], changed)}
 
 
 def _python(value: Any) -> str:
     return value if is_description(value) and isinstance(value, str) else repr(value)
+
+
+def _stages(value: Any) -> str:
+    """A strategy as Python: a word, or `pyft.Stage(...)` for each stage."""
+    if not isinstance(value, list) or not all(isinstance(stage, Mapping) for stage in value):
+        return _python(value)
+    stages = (", ".join(f"{key}={_python(part)}" for key, part in stage.items()) for stage in value)
+    return f"[{', '.join(f'pyft.Stage({stage})' for stage in stages)}]"
 
 
 def _shell_command(model: Any, data: Any, changed: Mapping[str, Any]) -> str | None:

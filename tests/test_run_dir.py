@@ -6,6 +6,7 @@ import json
 import shlex
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -248,3 +249,14 @@ class TestOpenRun:
         (copy / "model.safetensors").unlink()
         with pytest.raises(CheckpointError, match="not finished"):
             runs.open_run(copy, nn.Sequential(nn.Linear(4, 3)))
+
+
+def test_stages_are_repeated_as_stages() -> None:
+    stages = [Stage("head", freeze="encoder*", epochs=2), Stage("full", epochs=1, lr_scale=0.1)]
+    arguments = {"model": "m", "data": "d", "strategy": describe(stages)}
+    found = repeat_commands(arguments, {})
+    assert found["shell"] is None
+    called: dict[str, Any] = {}
+    fake = SimpleNamespace(finetune=lambda *_, **given: called.update(given), Stage=Stage)
+    eval(found["python"] or "", {"pyft": fake})
+    assert called["strategy"] == stages

@@ -43,7 +43,7 @@ def repeat_section(facts: RunFacts) -> Section:
         ("samples", ", ".join(counts)),
         ("classes", f"{len(facts.classes):,}" if facts.classes else None),
         ("columns", _some(data.get("columns"))),
-        ("strategy", _plain(arguments.get("strategy"))),
+        ("strategy", _strategy(arguments.get("strategy"))),
         ("seed", _plain(arguments.get("seed"))),
         ("fingerprints", _fingerprints(model.get("fingerprint"), data.get("fingerprint"))),
     ]
@@ -53,7 +53,7 @@ def repeat_section(facts: RunFacts) -> Section:
         parts += [element("h3", "To repeat it in Python"), code(f"import pyft\n\n{repeat['python']}", wrap=True)]
         if repeat.get("shell"):
             parts += [element("h3", "or in the shell"), code(repeat["shell"], wrap=True)]
-        else:
+        elif "<" in repeat["python"]:
             parts.append(paragraph("What stands in angle brackets was given from Python: give the same again.",
                                    class_="quiet"))  # fmt: skip
     settings = [(element("code", name), _plain(value)) for name, value in config.get("settings", {}).items()]
@@ -90,6 +90,13 @@ def _some(names: Any, limit: int = 12) -> Html | None:
 def _fingerprints(model: Any, data: Any) -> Html | None:
     words = [f"{what} {value[:SHORT]}" for what, value in (("model", model), ("data", data)) if value]
     return element("code", ", ".join(words)) if words else None
+
+
+def _strategy(value: Any) -> str:
+    """A word, or the stages, each in its own words."""
+    if isinstance(value, list) and all(isinstance(stage, dict) for stage in value):
+        return "; ".join(map(_plain, value))
+    return _plain(value)
 
 
 def _plain(value: Any) -> str:
