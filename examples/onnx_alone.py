@@ -45,12 +45,12 @@ def main() -> None:
     words = {"task": "image-classification", "preprocess": {"kind": "image", "size": 32}}
     pyft.export_onnx(Light(), folder / "light.onnx", classes=["dark", "bright"], **words)
     np.save(folder / "picture.npy", load_sample_images().images[0])
-    load_diabetes(as_frame=True, scaled=False).frame.to_csv(folder / "diabetes.csv", index=False)
+    table = load_diabetes(scaled=False)
+    rows, names = np.column_stack([table.data, table.target]), [*table.feature_names, "target"]
+    np.savetxt(csv := folder / "diabetes.csv", rows, "%g", ",", header=",".join(names), comments="")
     net = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 1))
     words = {"task": "tabular-regression", "label_column": "target", "preprocess": "table", "strategy": "full"}
-    result = pyft.finetune(
-        net, folder / "diabetes.csv", **words, epochs=20, lr=1e-2, out=folder / "run", progress=False
-    )
+    result = pyft.finetune(net, csv, **words, epochs=20, lr=1e-2, out=folder / "run", progress=False)
     print(f"R2 {result.metrics['val_r2']:.2f}")
     result.export_onnx(folder / "diabetes.onnx")
     subprocess.run([sys.executable, "-c", ALONE, str(folder)], check=True)

@@ -91,7 +91,7 @@ def test_ops_pass_on_their_cuda_kernels(matrix: Callable[[str], str]) -> None:
     kernels, launches = launches_in(matrix("plain"))
     # Each kernel for each dtype that it takes. Without this a run that never left the CPU's kernels would pass.
     assert kernels >= 25
-    assert launches > 500
+    assert launches >= 300
 
 
 def test_ops_pass_under_address_and_undefined_behaviour_sanitizers(matrix: Callable[[str], str]) -> None:
