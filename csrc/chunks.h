@@ -92,4 +92,15 @@ inline DeviceChunkTable cut_for_device(const std::vector<int64_t>& numels) {
   return table;
 }
 
+// `count` tasks of one chunk each, of equal `cost`.
+inline ChunkTable equal_tasks(int64_t count, int64_t cost) {
+  ChunkTable table;
+  for (int64_t i = 0; i < count; ++i) {
+    table.chunks.push_back({i, 0, 0});
+    table.task_begin.push_back(i + 1);
+  }
+  table.cost = count * cost;
+  return table;
+}
+
 }  // namespace pyft

@@ -41,17 +41,6 @@ std::vector<int64_t> checked_rows(const std::optional<Tensor>& rows, int64_t row
   return chosen;
 }
 
-// `count` pieces of work of equal `cost`.
-ChunkTable equal_tasks(int64_t count, int64_t cost) {
-  ChunkTable table;
-  for (int64_t i = 0; i < count; ++i) {
-    table.chunks.push_back({i, 0, 0});
-    table.task_begin.push_back(i + 1);
-  }
-  table.cost = count * cost;
-  return table;
-}
-
 }  // namespace
 
 // grad (T, O), input (T, N). Gives grad[:, rows]^T input, (r, N), and, with_sums, the sums of these columns, (r,).

@@ -16,6 +16,7 @@ from torch import nn
 from pyft.core.cache import cache_root
 from pyft.core.memory import free_device_memory, free_memory
 from pyft.errors import ConfigError
+from pyft.freezing.packed_products import packed_products
 from pyft.freezing.parts import whole_names
 from pyft.freezing.plan import FreezePlan, unwrap
 from pyft.freezing.prefix_cache_batch import BatchFacts, batch_facts, same_values
@@ -186,13 +187,14 @@ class PrefixCache:
         modes = [(module, module.training) for module in self.model.modules()]
         try:
             set_modes(modes, False)
-            for indices, inputs in batches:
-                numbers = self._view_numbers(indices, view)
-                if self.reason is None and not self._store.has(numbers).all():
-                    with run_uncompiled():
-                        self._fill_one(numbers, inputs)
-                if progress is not None:
-                    progress(len(numbers))
+            with packed_products(self.model, self.prefix.names):
+                for indices, inputs in batches:
+                    numbers = self._view_numbers(indices, view)
+                    if self.reason is None and not self._store.has(numbers).all():
+                        with run_uncompiled():
+                            self._fill_one(numbers, inputs)
+                    if progress is not None:
+                        progress(len(numbers))
         finally:
             set_modes(modes, True)
             with self._writing() as writer:

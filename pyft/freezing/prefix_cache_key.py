@@ -14,6 +14,7 @@ from torch import nn
 
 from pyft.freezing.fingerprint import fingerprint
 from pyft.freezing.prefix_cache_cut import Cut
+from pyft.ops.packed_linear import packing_pays
 from pyft.version import __version__
 
 _SCALARS = (type(None), bool, int, float, str)
@@ -30,7 +31,8 @@ def prefix_key(model: nn.Module, cut: Cut, dtype: torch.dtype | None, autocast: 
         dtype: in which values are stored, None as they are computed. autocast: the autocast state in words.
     """
     digest = hashlib.sha256()
-    threads = f"{torch.get_num_threads()} {torch.backends.cpu.get_cpu_capability()}"
+    # Products with packed weights have other last bits.
+    threads = f"{packing_pays()} {torch.get_num_threads()} {torch.backends.cpu.get_cpu_capability()}"
     _add(digest, __version__, torch.__version__, threads, str(dtype), autocast, *_floats())
     script = cut.script
     for key in script.needed:

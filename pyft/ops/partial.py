@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyft.ops.library import LIBRARY, define
 from pyft.ops.masked_rows import gather_columns
+from pyft.ops.packed_linear import wide_linear
 from pyft.ops.weight_gradient import pick, weight_gradient
 
 define(
@@ -58,7 +59,7 @@ def nothing(grad: Tensor) -> list[Tensor]:
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, *part: object) -> Tensor:
-    return F.linear(input, weight, bias)
+    return wide_linear(input, weight, bias)
 
 
 def _linear_backward(
@@ -75,7 +76,7 @@ def _linear_backward(
     grad_input, grad_bias, part, bias_part = nothing(grad)
     flat = grad.reshape(-1, grad.shape[-1])
     if wanted[0] and weight is not None:
-        grad_input = grad.matmul(weight)
+        grad_input = wide_linear(grad, weight.t())
     if wanted[1]:
         grad_bias = flat.sum(0)
     if wanted[2] and blocks is not None:

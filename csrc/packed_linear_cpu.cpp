@@ -1,0 +1,71 @@
+#include "packed_linear_cpu.h"
+
+#include <algorithm>
+#include <array>
+#include <utility>
+
+#include "cpu_target.h"
+
+#if PYFT_X86_TARGETS
+#include <immintrin.h>
+#endif
+
+#define PYFT_LOOPS baseline
+#define PYFT_LOOPS_TARGET
+#define PYFT_LOOPS_LANES 4
+#define PYFT_LOOPS_HEIGHT 2
+#define PYFT_LOOPS_FMA(a, b, c) ((a) * (b) + (c))
+#include "packed_linear_loops.h"
+
+#if PYFT_X86_TARGETS
+#define PYFT_LOOPS avx2
+#define PYFT_LOOPS_TARGET PYFT_TARGET_AVX2
+#define PYFT_LOOPS_LANES 8
+#define PYFT_LOOPS_HEIGHT 6
+#define PYFT_LOOPS_FMA(a, b, c) (Vec) _mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c))
+#include "packed_linear_loops.h"
+
+#define PYFT_LOOPS avx512
+#define PYFT_LOOPS_TARGET PYFT_TARGET_AVX512
+#define PYFT_LOOPS_LANES 16
+#define PYFT_LOOPS_HEIGHT 12
+#define PYFT_LOOPS_FMA(a, b, c) (Vec) _mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c))
+#include "packed_linear_loops.h"
+#endif
+
+namespace pyft {
+
+void pack_panel_cpu(const StridedWeight& weight, int64_t panel, float* packed) {
+  const int64_t first = panel * kPanelWidth, columns = std::min(kPanelWidth, weight.outputs - first);
+  const float* from = weight.data + first * weight.output_stride;
+  float* to = packed + first * weight.inputs;
+  if (weight.output_stride == 1) {
+    for (int64_t k = 0; k < weight.inputs; ++k, to += kPanelWidth, from += weight.input_stride) {
+      std::copy(from, from + columns, to);
+      std::fill(to + columns, to + kPanelWidth, 0.0f);
+    }
+    return;
+  }
+  for (int64_t k = 0; k < weight.inputs; ++k, to += kPanelWidth, ++from) {
+    for (int64_t j = 0; j < kPanelWidth; ++j) {
+      to[j] = j < columns ? from[j * weight.output_stride] : 0.0f;
+    }
+  }
+}
+
+void packed_linear_cpu(const PackedLinear& work, int64_t first_token, int64_t last_token, int64_t first_panel,
+                       int64_t last_panel) {
+#if PYFT_X86_TARGETS
+  switch (cpu_target()) {
+    case CpuTarget::avx512:
+      return avx512::multiply(work, first_token, last_token, first_panel, last_panel);
+    case CpuTarget::avx2:
+      return avx2::multiply(work, first_token, last_token, first_panel, last_panel);
+    default:
+      break;
+  }
+#endif
+  baseline::multiply(work, first_token, last_token, first_panel, last_panel);
+}
+
+}  // namespace pyft
