@@ -13,9 +13,6 @@ from pyft.ops.library import LIBRARY, define
 PANEL_WIDTH = 16
 """Outputs whose weights lie side by side in a packed weight."""
 
-LEAST_ROWS, LEAST_INPUTS = 256, 64
-"""A product of fewer rows is not worth a packed weight of its own."""
-
 define("pack_linear(Tensor weight) -> Tensor")
 define("packed_linear(Tensor input, Tensor packed, Tensor? bias, int outputs) -> Tensor")
 
@@ -95,25 +92,3 @@ def packing_pays() -> bool:
 
     core = load_core()
     return core is not None and core.cpu_target() == "avx2"
-
-
-def wide_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` without gradient. A result at least twice as wide as the input, of many rows, is computed by
-    `packed_linear` with a weight packed for this call, where that is faster: other last bits, the same in every batch
-    of so many rows.
-
-    Args:
-        input: (..., N). weight: (O, N) or a transposed view. bias: (O,) or None.
-
-    Returns:
-        (..., O).
-
-    >>> wide_linear(torch.ones(1, 2), torch.ones(3, 2))
-    tensor([[2., 2., 2.]])
-    """
-    outputs, inputs = weight.shape
-    wide = outputs >= 2 * inputs and inputs >= LEAST_INPUTS and input.numel() >= LEAST_ROWS * inputs
-    plain = all(t.is_cpu and t.dtype == torch.float32 for t in (input, weight))
-    if not wide or not plain or not packing_pays():
-        return F.linear(input, weight, bias)
-    return packed_linear(input, pack_linear(weight), None if bias is None else bias.contiguous(), outputs)

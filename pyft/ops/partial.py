@@ -16,7 +16,6 @@ from torch import Tensor
 
 from pyft.ops.library import LIBRARY, define
 from pyft.ops.masked_rows import gather_columns
-from pyft.ops.packed_linear import wide_linear
 from pyft.ops.weight_gradient import pick, weight_gradient
 
 define(
@@ -59,7 +58,7 @@ def nothing(grad: Tensor) -> list[Tensor]:
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, *part: object) -> Tensor:
-    return wide_linear(input, weight, bias)
+    return F.linear(input, weight, bias)
 
 
 def _linear_backward(
@@ -76,7 +75,7 @@ def _linear_backward(
     grad_input, grad_bias, part, bias_part = nothing(grad)
     flat = grad.reshape(-1, grad.shape[-1])
     if wanted[0] and weight is not None:
-        grad_input = wide_linear(grad, weight.t())
+        grad_input = grad.matmul(weight)
     if wanted[1]:
         grad_bias = flat.sum(0)
     if wanted[2] and blocks is not None:

@@ -13,8 +13,6 @@ from pyft.ops.packed_linear import (
     pack_linear_reference,
     packed_linear,
     packed_linear_reference,
-    packing_pays,
-    wide_linear,
 )
 
 
@@ -114,31 +112,3 @@ def test_opcheck_and_reference(core) -> None:
     torch.library.opcheck(torch.ops.pyft.pack_linear.default, (weight,), test_utils=tests)
     torch.library.opcheck(torch.ops.pyft.packed_linear.default, (x, pack_linear(weight), bias, 18), test_utils=tests)
     check(packed_linear_reference(x, pack_linear_reference(weight), bias, 18), x, weight, bias)
-
-
-@pytest.mark.parametrize("target", ["avx2", "baseline"])
-def test_wide_results_are_packed_where_that_pays(core, target: str) -> None:
-    if target not in core.build_info()["cpu_targets"]:
-        pytest.skip(f"this CPU has no {target}")
-    core.set_cpu_target(target)
-    try:
-        assert packing_pays() == (target == "avx2")
-        x, weight, bias = layer(300, 64, 130)
-        for given in (weight, weight.t().contiguous().t()):
-            found, plain = wide_linear(x.view(3, 100, 64), given, bias), F.linear(x, weight, bias)
-            check(found.view(300, 130), x, weight, bias)
-            packed = packed_linear(x, pack_linear(weight), bias, 130)
-            assert torch.equal(found.view(300, 130), packed if target == "avx2" else plain)
-    finally:
-        core.set_cpu_target("auto")
-
-
-@pytest.mark.parametrize("change", ["few rows", "narrow", "double", "empty"])
-def test_other_products_are_those_of_torch(core, change: str) -> None:
-    rows, inputs, outputs = {"few rows": (255, 64, 128), "narrow": (300, 64, 127), "empty": (0, 64, 128)}.get(
-        change, (300, 64, 128)
-    )
-    x, weight, bias = layer(rows, inputs, outputs)
-    if change == "double":
-        x, weight, bias = x.double(), weight.double(), bias.double()
-    assert torch.equal(wide_linear(x, weight, bias), F.linear(x, weight, bias))
