@@ -219,8 +219,8 @@ def in_typed_words(message: str, names: Iterable[str]) -> str:
     Args:
         names: the keywords that are options of the command, with "_".
 
-    >>> in_typed_words("name it with label_column=, or say task='regression' or val=None", ["label_column", "task", "val"])
-    'name it with --label-column, or say --task regression or --val none'
+    >>> in_typed_words("give label_column=, or say task='regression' or lr=None", ["label_column", "task", "lr"])
+    'give --label-column, or say --task regression or --lr none'
     """
     known = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
     if not known:
@@ -231,7 +231,7 @@ def in_typed_words(message: str, names: Iterable[str]) -> str:
         value = found["quoted"] or (found["value"] or "").lower()
         return f"{option} {value}" if value else option
 
-    value = r"'(?P<quoted>[\w.*-]+)'|(?P<value>-?[\w.]*\w)\b(?![(\[])|(?=[\s,;:.)]|$)"
+    value = r"'(?P<quoted>[^'\s]+)'|(?P<value>-?[\w.]*\w)\b(?![(\[])|(?=[\s,;:.)]|$)"
     return re.sub(rf"(?<![^\s(])(?P<name>{known})=(?:{value})", typed, message)
 
 
