@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pyft import ops as ops
     from pyft import optim as optim
     from pyft.core.doctor import doctor as doctor
+    from pyft.data.images import ImagePreprocess as ImagePreprocess
     from pyft.data.table_preprocess import TablePreprocess as TablePreprocess
     from pyft.evaluate import evaluate as evaluate
     from pyft.evaluate import predict as predict
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 # public name -> module that holds it; a module stands for itself
 _HOMES = {
     "FreezePlan": "pyft.freezing.plan",
+    "ImagePreprocess": "pyft.data.images",
     "LeanForms": "pyft.freezing.lean.swap",
     "PrefixCache": "pyft.freezing.prefix_cache",
     "Result": "pyft.result",
@@ -83,6 +85,7 @@ _MODULES = ("errors", "onnx_runtime", "ops", "optim")
 
 __all__ = [
     "FreezePlan",
+    "ImagePreprocess",
     "LeanForms",
     "PrefixCache",
     "Result",

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyft.cli_arguments import make_parser, options
+from pyft.cli_arguments import in_typed_words, make_parser, option_names, options
 from pyft.errors import PyftError
 
 TRACEBACK = "PYFT_TRACEBACK"
@@ -25,7 +25,12 @@ INTERRUPTED = "interrupted; a run that had begun goes on with: pyft resume RUN"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: that of the process) and give the exit code."""
-    arguments = make_parser().parse_args(argv)
+    parser = make_parser()
+    words = sys.argv[1:] if argv is None else argv
+    if not words:
+        parser.print_help(sys.stderr)
+        return 2
+    arguments = parser.parse_args(words)
     try:
         code = COMMANDS[arguments.command](arguments)
         sys.stdout.flush()
@@ -33,15 +38,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PyftError as error:
         if os.environ.get(TRACEBACK) == "1":
             raise
-        print(f"pyft: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _print_error(in_typed_words(str(error), option_names(arguments)))
+        return 2
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            # The reader (`head`, a pager) has gone; what is left in the buffer must not be flushed to it at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        if os.environ.get(TRACEBACK) == "1" or error.filename is None:
+            raise
+        _print_error(f"{error.filename}: {error.strerror}")
         return 2
     except KeyboardInterrupt as error:
         print(f"pyft: {' '.join(str(error).split()) or INTERRUPTED}", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader (`head`, a pager) has gone; what is left in the buffer must not be flushed to it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+
+
+def _print_error(message: str) -> None:
+    print(f"pyft: error: {' '.join(message.split())}", file=sys.stderr)
 
 
 def train(arguments: argparse.Namespace) -> int:

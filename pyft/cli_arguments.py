@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,6 +210,31 @@ def frozen(text: str) -> int | list[str] | str | None:
     return text.split(",") if "," in text else text
 
 
+# ---------------------------------------------------------------- messages
+
+
+def in_typed_words(message: str, names: Iterable[str]) -> str:
+    """A message about keywords of Python as one about options; what names no option stays.
+
+    Args:
+        names: the keywords that are options of the command, with "_".
+
+    >>> in_typed_words("give label_column=, or say task='regression' or lr=None", ["label_column", "task", "lr"])
+    'give --label-column, or say --task regression or --lr none'
+    """
+    known = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
+    if not known:
+        return message
+
+    def typed(found: re.Match[str]) -> str:
+        option = f"--{found['name'].replace('_', '-')}"
+        value = found["quoted"] or (found["value"] or "").lower()
+        return f"{option} {value}" if value else option
+
+    value = r"'(?P<quoted>[^'\s]+)'|(?P<value>-?[\w.]*\w)\b(?![(\[])|(?=[\s,;:.)]|$)"
+    return re.sub(rf"(?<![^\s(])(?P<name>{known})=(?:{value})", typed, message)
+
+
 # ---------------------------------------------------------------- options of `pyft train`
 
 _DATA = [
@@ -263,6 +289,13 @@ _RUN = [
     Option("progress", True, truth, "BOOL", "show progress"),
 ]
 GROUPS = {"data": _DATA, "model": _MODEL, "training": _TRAINING, "run": _RUN}
+
+
+def option_names(arguments: argparse.Namespace) -> set[str]:
+    """The keywords that the command of `arguments` has as options."""
+    if arguments.command in ("train", "plan"):
+        return {option.name for option in options()}
+    return set(vars(arguments)) - {"command", "model", "data", "run", "input", "inputs", "a", "b"}
 
 
 def options() -> Iterable[Option]:

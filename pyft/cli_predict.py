@@ -81,6 +81,8 @@ def _describe_file(model: Any) -> tuple[str, list[str] | None, Any]:
 
 def read_texts(words: Sequence[str], text_column: str | None) -> tuple[list[str], list[str]]:
     """The texts themselves: a word that names a file is read, "-" is standard input, any other is a text."""
+    from pyft.data.folders import IMAGE_SUFFIXES
+
     texts: list[str] = []
     for word in words:
         path = Path(word)
@@ -90,8 +92,8 @@ def read_texts(words: Sequence[str], text_column: str | None) -> tuple[list[str]
             texts += _read(path, "text", text_column, None)
         elif _is_file(path):
             texts += _lines(_decoded(path), str(path))
-        elif path.suffix.lower() in (*TABLES, ".txt") and " " not in word:
-            raise DataError(f"{word}: no such file")
+        elif path.suffix.lower() in (*TABLES, *IMAGE_SUFFIXES, ".txt", ".npy") and " " not in word:
+            raise DataError(f"{word}: no such file; the model takes texts, and tables and .txt files of texts")
         else:
             texts.append(word)
     return texts, texts

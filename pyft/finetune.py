@@ -18,7 +18,7 @@ from pyft.core.loader import load_core_for
 from pyft.core.memory import resident_memory
 from pyft.data.table_preprocess import TablePreprocess
 from pyft.describe import describe, describe_source, is_description, repeat_commands
-from pyft.errors import CheckpointError, PyftError
+from pyft.errors import CheckpointError, ConfigError, PyftError
 from pyft.evaluation.pictures import can_draw, draw_run
 from pyft.freezing.plan import FreezePlan, make_plan
 from pyft.job import Job, inspect, model_fingerprint
@@ -108,7 +108,7 @@ def finetune(
             rows chosen on the first training batches when a stage begins.
         preprocess: "table" or a `pyft.TablePreprocess`: numbers scaled and gaps filled, words one-hot, as tables with
             words or gaps get it anyway; a function of one raw sample (PIL image, array or row) that gives a Tensor; or
-            an object with a `spec()` such as `pyft.data.images.ImagePreprocess`. All but functions are kept with the
+            an object with a `spec()` such as `pyft.ImagePreprocess`. All but functions are kept with the
             model.
         epochs: passes over the training data, over all stages.
         lr: learning rate; "auto" chooses by model, stage and optimizer, and says so.
@@ -195,6 +195,8 @@ def resume(path: str | os.PathLike[str], *, progress: bool = True) -> Result:
         ConfigError: not a run, a finished one, or one whose model, data or functions only the caller has.
         As `finetune`.
     """
+    if run_dir.is_run(path) and run_dir.read_state(path) == "finished":
+        raise ConfigError(f"{os.fspath(path)} is finished: there is nothing to resume; see its report.html")
     arguments = run_dir.stored_arguments(path)
     if isinstance(arguments["strategy"], list):
         arguments["strategy"] = [Stage(**stage) for stage in arguments["strategy"]]

@@ -283,6 +283,17 @@ def first_batch(data: Data, preprocess: Any, size: int = EXAMPLE_SIZE) -> Batch:
     return next(iter(Batches(few, preprocess, size, shuffle=False, bucket=False).epoch(0)))
 
 
+def _mend(model: nn.Module, inputs: Any) -> str:
+    """What to do about a model that fails on inputs, said more exactly where it is a matter of element types."""
+    weights = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
+    if weights:
+        named = ", ".join(sorted(map(str, weights)))
+        return f"The model has weights in {named}: call model.float() first (precision= chooses how it is trained)."
+    if isinstance(inputs, torch.Tensor) and not inputs.is_floating_point():
+        return "For numbers give X.astype('float32'); for indices a model that begins with an embedding."
+    return "Give a model for such inputs, or preprocess= to make others."
+
+
 def try_forward(model: nn.Module, batch: Batch, device: torch.device, hint: str = "") -> torch.Tensor:
     """The logits of one batch, no trace left in the model. `hint` says more of the inputs where the model fails.
 
@@ -298,7 +309,7 @@ def try_forward(model: nn.Module, batch: Batch, device: torch.device, hint: str 
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
             f"model: {type(model).__name__} fails on a batch of the data, {describe_inputs(batch.inputs)}: {reason}. "
-            f"Give a model for such inputs, or preprocess= to make others.{hint}"
+            f"{_mend(model, batch.inputs)}{hint}"
         ) from error
     if not torch.isfinite(logits).all():
         raise ConfigError(
@@ -404,7 +415,8 @@ def try_plans(model: nn.Module, stages: list[Stage]) -> dict[str, FreezePlan]:
         plan = make_plan(model, stage.freeze, draft=True)
         if not plan.num_trainable:
             raise ConfigError(
-                f"freeze={stage.freeze!r}: all parameters are frozen in stage '{stage.name}', so nothing can train; "
+                f"freeze{'' if callable(stage.freeze) else f'={stage.freeze!r}'}: "
+                f"all parameters are frozen in stage '{stage.name}', so nothing can train; "
                 "freeze fewer"
             )
         plans[stage.name] = plan

@@ -166,7 +166,6 @@ def test_docstring_examples(name: str) -> None:
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        ([], "COMMAND"),
         (["trane"], "'trane'"),
         (["train", "M"], "DATA"),
         (["train", "M", "D", "--epochs", "two"], "--epochs: expected a whole number, got 'two'"),
@@ -186,6 +185,51 @@ def test_wrong_words_give_one_line(words: list[str], part: str, capsys: pytest.C
     assert shown.err.count("\n") == 1
     assert shown.err.startswith("pyft: error: ")
     assert part in shown.err
+
+
+def test_no_words_at_all_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "pyft quickstart" in shown.err
+    assert all(name in shown.err for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("message", "typed"),
+    [
+        ("name it with label_column=", "name it with --label-column"),
+        ("val=0.2: 2 samples; give a 'val' set, or val=0", "--val 0.2: 2 samples; give a 'val' set, or --val 0"),
+        ("lr=-1.5: (lr=auto)", "--lr -1.5: (--lr auto)"),
+        *[(one, one) for one in ("a/val=3.tsv: xval=3, epoch=3", "freeze=['a'], loss=call(x)")],
+        ("say task='image-classification', patience=None", "say --task image-classification, --patience none"),
+    ],
+)  # fmt: skip
+def test_errors_speak_of_options(
+    message: str, typed: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYFT_TRACEBACK", raising=False)
+    monkeypatch.setitem(cli.COMMANDS, "train", raising(ConfigError(message)))
+    assert main(["train", "M", "D"]) == 2
+    assert capsys.readouterr().err == f"pyft: error: {typed}\n"
+
+
+def test_errors_name_only_options_of_their_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYFT_TRACEBACK", raising=False)
+    monkeypatch.setitem(cli.COMMANDS, "eval", raising(ConfigError("model=3 val=3 text_column='x'")))
+    assert main(["eval", "M", "D"]) == 2
+    assert capsys.readouterr().err == "pyft: error: model=3 val=3 --text-column x\n"
+
+
+def test_a_file_that_cannot_be_written_gives_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYFT_TRACEBACK", raising=False)
+    monkeypatch.setitem(cli.COMMANDS, "doctor", raising(OSError(30, "Read-only file system", "/mnt/x")))
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err == "pyft: error: /mnt/x: Read-only file system\n"
 
 
 def raising(error: BaseException) -> object:

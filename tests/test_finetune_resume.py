@@ -183,6 +183,8 @@ def test_other_arguments_or_data_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="make the same call again"):
         pyft.resume(out)
     run(out)
+    with pytest.raises(ConfigError, match="is finished: there is nothing to resume"):
+        pyft.resume(out)
     with pytest.raises(ConfigError, match="finished run, which is never written over"):
         run(out)
 

@@ -191,7 +191,7 @@ def _text_inputs(samples: Samples, preprocess: Any) -> Inputs:
 def _image_inputs(samples: Samples, preprocess: Any, seed: int) -> Inputs:
     if preprocess is None or isinstance(preprocess, ArrayPreprocess):
         raise ConfigError(
-            "preprocess: images need ImagePreprocess(size), or a function of a PIL image giving a Tensor (C, H, W)"
+            "preprocess: images need pyft.ImagePreprocess(size), or a function of a PIL image giving a Tensor (C, H, W)"
         )
     if not isinstance(samples.inputs, list):
         return CalledInputs(samples.inputs, preprocess, seed)

@@ -111,8 +111,8 @@ def check_classes(sets: dict[str, Samples], classes: list[str]) -> list[str]:
     if len(present) < 2:
         only = classes[present[0]] if present and present[0] < len(classes) else "none"
         raise DataError(
-            f"{train.name}: all {counted(len(train), 'sample')} have the label {only!r}; "
-            f"a classifier needs two classes or more"
+            f"{train.name}: {'the one sample has' if len(train) == 1 else f'all {len(train)} samples have'} the label "
+            f"{only!r}; a classifier needs two classes or more"
         )
     for role, samples in sets.items():
         lacking = ((counts["train"] == 0) & (counts[role] > 0)).nonzero().flatten().tolist()

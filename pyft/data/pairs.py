@@ -83,8 +83,8 @@ def pair_arrays(
         )
     if kind is not None and kind != found and not (found == "array" and kind in ("text", "image")):
         raise DataError(
-            f"{name}: the task asks for {kind} inputs, but {name} holds {_described(found)}; "
-            f"leave task='auto', or give {kind} inputs"
+            f"{name}: the task or model takes {kind} inputs, but {name} holds {_described(found)}; "
+            f"give {kind} inputs, or leave task='auto' where a model is tuned"
         )
     return Raw(found, inputs, y, name, notes=notes, columns=names)
 

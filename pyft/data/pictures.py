@@ -133,7 +133,8 @@ def cropped_pixels(image: Any, size: int, resize: int, interpolation: str) -> ND
         image = image.resize(to, getattr(filters, interpolation.upper()))
     left, top = (round((side - size) / 2) for side in image.size)
     array = np.asarray(image.crop((left, top, left + size, top + size)))
-    return np.ascontiguousarray(array.transpose(2, 0, 1))
+    # Pillow gives arrays that cannot be written to; torch warns of them.
+    return np.array(array.transpose(2, 0, 1), order="C")
 
 
 def normalised(

@@ -173,7 +173,8 @@ def _named_parts(data: Mapping[Any, Any]) -> dict[str, Any]:
     for key, source in data.items():
         if key not in ROLES:
             raise DataError(
-                f"data: unknown key {key!r}; expected 'train', 'val', 'test'{nearest(str(key), list(ROLES))}"
+                f"data: unknown key {key!r}; expected 'train', 'val', 'test'{nearest(str(key), list(ROLES))}; "
+                "columns go in as pandas.DataFrame(data)"
             )
         if ROLES[key] in parts:
             raise DataError(f"data: the key {key!r} names the {ROLES[key]} set a second time")

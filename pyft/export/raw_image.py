@@ -22,7 +22,7 @@ SUPPORT = {"bilinear": 1.0, "bicubic": 2.0, "lanczos": 3.0}
 PRECISION_BITS = 22
 """Resample.c: bits of a weight behind the point."""
 
-TILE = 16
+TILE = 8
 
 
 def image_front(spec: Mapping[str, Any], inputs: Sequence[str]) -> Graph:
@@ -60,19 +60,60 @@ def resized(graph: Graph, image: Value, size: int, resize: int, interpolation: s
     height, width = (graph.Gather(shape, axis, axis=0) for axis in (1, 2))
     short = graph.Min(height, width)
     _mark_places(graph, height, width, short, resize, size)
-    planes = graph.Transpose(image, perm=[0, 3, 1, 2])
     if interpolation == "nearest":
+        planes = graph.Transpose(image, perm=[0, 3, 1, 2])
         for axis, side in ((2, height), (3, width)):
             wanted = new_side(side, short, resize)
             planes = graph.Gather(planes, nearest(graph, side, wanted, size), axis=axis)
         return planes
+    as_it_is, made = Graph(f"{graph.name}/crop"), Graph(f"{graph.name}/resize")
+    first = as_it_is.Concat(
+        *(as_it_is.Reshape(crop_offset(as_it_is, side, size), [1]) for side in (height, width)), axis=0
+    )
+    crop = as_it_is.Slice(image, first, first + size, [1, 2])
+    as_it_is.output(f"{as_it_is.name}/planes", as_it_is.Transpose(crop, perm=[0, 3, 1, 2]), ["batch", 3, None, None])
+    planes = in_two_passes(made, image, height, width, short, size, resize, interpolation)
+    made.output(f"{made.name}/planes", planes, ["batch", 3, None, None])
+    # Where no side changes, each pixel has the weight 1 for itself.
+    return graph.choose(graph.Equal(short, resize), as_it_is, made)
+
+
+def in_two_passes(
+    graph: Graph, image: Value, height: Value, width: Value, short: Value, size: int, resize: int, interpolation: str
+) -> Value:
+    """(B, H, W, 3) uint8 to (B, 3, size, size) uint8, along rows and then along columns, or the other way round.
+
+    The weights are worked out once, the pictures are resized one by one: what lies between the passes stays in the
+    cache of the processor.
+    """
     turn = columns_first(graph, height, width, short, resize)
-    planes = turned(graph, turn, planes)
-    sides = graph.Where(turn, width, height), graph.Where(turn, height, width)
-    rows, columns = (Taps(graph, side, new_side(side, short, resize), size, interpolation) for side in sides)
-    # Rows that the crop leaves out are never resized.
-    planes = along_rows(graph, graph.Slice(planes, rows.first, rows.end, [2]), columns, size)
-    return turned(graph, turn, along_columns(graph, planes, rows, size))
+    sides = graph.Concat(*(graph.Reshape(side, [1]) for side in (width, height)), axis=0)
+    sides = graph.Where(turn, graph.Gather(sides, [1, 0], axis=0), sides)
+    taps = Taps(graph, sides, new_side(sides, short, resize), size, interpolation)
+    body = Graph(f"{graph.name}/picture")
+    number = body.input(f"{body.name}/number", np.int64, [])
+    body.input(f"{body.name}/condition", np.bool_, [])
+    carried = body.input(f"{body.name}/carried", np.int64, [])
+    lines = first_lines(body, body.Gather(image, number, axis=0), turn, taps)
+    lines = along(body, lines, 0, taps, 0, size)
+    planes = along(body, body.Transpose(lines, perm=[1, 2, 0]), 1, taps, 1, size)
+    body.output(f"{body.name}/go_on", body.constant(True), [])
+    body.output(f"{body.name}/carried_on", carried, [])
+    body.output(f"{body.name}/planes", planes, [3, size, size])
+    pictures = graph.Squeeze(graph.Slice(graph.Shape(image), [0], [1], [0]), [0])
+    _, stacked = graph.loop(pictures, body, graph.constant(0, np.int64))
+    return turned(graph, turn, stacked)
+
+
+def first_lines(graph: Graph, picture: Value, turn: Value, taps: Taps) -> Value:
+    """(H, W, 3) to (W, 3, H), or to (H, 3, W) where `turn` says so, without what the crop leaves out."""
+    branches = []
+    for name, axes, perm in (("columns", [0, 1], [0, 2, 1]), ("rows", [1, 0], [1, 2, 0])):
+        branch = Graph(f"{graph.name}/{name}")
+        lines = branch.Transpose(branch.Slice(picture, taps.first, taps.end, axes), perm=perm)
+        branch.output(f"{branch.name}/lines", lines, [None, 3, None])
+        branches.append(branch)
+    return graph.choose(turn, *branches)
 
 
 def _mark_places(graph: Graph, height: Value, width: Value, short: Value, resize: int, size: int) -> None:
@@ -105,26 +146,22 @@ def turned(graph: Graph, turn: Value, planes: Value) -> Value:
     return graph.choose(turn, *branches)
 
 
-def along_rows(graph: Graph, planes: Value, taps: Taps, size: int) -> Value:
-    """(B, 3, H, W) uint8 to (B, 3, H, size) uint8."""
-    tiles = graph.Reshape(graph.Gather(planes, taps.index, axis=3), [0, 0, 0, taps.tiles, -1])
-    tiles = graph.Transpose(tiles, perm=[3, 0, 1, 2, 4]).to(np.float64)
-    made = bytes_of(graph.MatMul(tiles, graph.Unsqueeze(taps.weights, [1, 2])))
-    joined = graph.Reshape(graph.Transpose(made, perm=[1, 2, 3, 0, 4]), [0, 0, 0, -1])
-    return graph.Slice(joined, [0], [size], [3])
+def along(graph: Graph, lines: Value, axis: int, taps: Taps, number: int, size: int) -> Value:
+    """One pass along `axis` of (L, 3, K) or (3, L, K) uint8, which becomes `size` long.
 
-
-def along_columns(graph: Graph, planes: Value, taps: Taps, size: int) -> Value:
-    """(B, 3, H, W) uint8 to (B, 3, size, W) uint8; `taps.index` counts from the first row that is read."""
-    tiles = graph.Reshape(graph.Gather(planes, taps.index - taps.first, axis=2), [0, 0, taps.tiles, -1, size])
-    weights = graph.Transpose(taps.weights, perm=[0, 2, 1])
-    made = bytes_of(graph.MatMul(weights, tiles.to(np.float64)))
-    return graph.Slice(graph.Reshape(made, [0, 0, -1, size]), [0], [size], [2])
-
-
-def bytes_of(sums: Value) -> Value:
-    """Resample.c, clip8: rounded to the nearest byte, a half upwards."""
-    return sums.graph.Clip(sums + 0.5, np.float64(0.0), np.float64(255.0)).to(np.uint8)
+    The axis is never the last, so that whole lines of bytes are gathered. Rounding is that of Resample.c, clip8: to the
+    nearest byte, a half upwards. The half is one more line, of ones, with the weight one half, so that the sums need
+    only be cut to whole numbers.
+    """
+    padded = graph.Pad(lines, [0] * 3 + [int(place == axis) for place in range(3)], np.uint8(1))
+    index, weights = (graph.Gather(value, np.int64(number), axis=0) for value in (taps.index, taps.weights))
+    tiles = graph.Gather(padded, index, axis=axis)
+    if axis == 0:
+        tiles = graph.Reshape(tiles, [0, 0, -1])
+    sums = graph.Clip(graph.MatMul(weights, tiles.to(np.float64)), np.float64(0.0), np.float64(255.0))
+    length = taps.tiles * TILE
+    made = graph.Reshape(sums.to(np.uint8), [length, 3, -1] if axis == 0 else [3, length, -1])
+    return made if length == size else graph.Slice(made, [0], [size], [axis])
 
 
 def new_side(side: Value, short: Value, resize: int) -> Value:
@@ -151,44 +188,44 @@ def nearest(graph: Graph, side: Value, wanted: Value, size: int) -> Value:
 
 
 class Taps:
-    """The weights of one pass, for the outputs inside the crop: Resample.c, precompute_coeffs.
+    """The weights of two passes, for the outputs inside the crop: Resample.c, precompute_coeffs.
 
     Attributes:
-        first, end: (1,) int64, the part of the side that is read.
-        index: (tiles * width,) int64, the pixels of all tiles; beyond `end` the last one, with the weight 0.
-        weights: (tiles, width, TILE) float64, each a multiple of 2^-22.
-        width: scalar int64, pixels per tile.
+        first, end: (2,) int64, the part of each side that is read.
+        index: (2, tiles, width) int64, the pixels of all tiles, counted from `first`; the last of each tile is -1, the
+            line of ones. Beyond `end` it is the last pixel, with the weight 0.
+        weights: (2, tiles, TILE, width) float64, each a multiple of 2^-22.
         tiles: number of tiles.
     """
 
-    def __init__(self, graph: Graph, side: Value, wanted: Value, size: int, interpolation: str) -> None:
-        self.graph = graph
+    def __init__(self, graph: Graph, sides: Value, wanted: Value, size: int, interpolation: str) -> None:
         self.tiles = math.ceil(size / TILE)
-        length = side.to(np.float64)
-        scale = length / wanted.to(np.float64)
+        # The last tile may reach beyond the crop: it takes the last output again.
+        numbers = np.minimum(np.arange(self.tiles * TILE), size - 1).reshape(1, self.tiles, TILE, 1)
+        side, new = (graph.Reshape(value, [2, 1, 1, 1]) for value in (sides, wanted))
+        scale = side.to(np.float64) / new.to(np.float64)
         filter_scale = graph.Max(scale, np.float64(1.0))
         support = filter_scale * SUPPORT[interpolation]
-        # The last tile may reach beyond the crop: it takes the last output again.
-        numbers = np.minimum(np.arange(self.tiles * TILE), size - 1).reshape(self.tiles, 1, TILE)
-        first = crop_offset(graph, wanted, size)
-        center = ((graph.constant(numbers, np.int64) + first).to(np.float64) + 0.5) * scale
+        center = ((crop_offset(graph, new, size) + numbers).to(np.float64) + 0.5) * scale
         lowest = graph.Max((center - support + 0.5).to(np.int64), np.int64(0))
         beyond = graph.Min((center + support + 0.5).to(np.int64), side)
         start = graph.Slice(lowest, [0], [1], [2])
-        self.width = graph.ReduceMax(graph.Slice(beyond, [TILE - 1], [TILE], [2]) - start, keepdims=0)
-        within = graph.Reshape(graph.Range(np.int64(0), self.width, np.int64(1)), [1, -1, 1])
-        place = start + within
+        width = graph.ReduceMax(graph.Slice(beyond, [TILE - 1], [TILE], [2]) - start, keepdims=0)
+        place = start + graph.Range(np.int64(0), width, np.int64(1))
         distance = (place.to(np.float64) - center + 0.5) * (1.0 / filter_scale)
         inside = graph.And(graph.GreaterOrEqual(place, lowest), graph.Less(place, beyond))
         raw = graph.Where(inside, FILTERS[interpolation](graph, distance), 0.0)
         # A running sum adds in the order of the C loop.
-        total = graph.Slice(graph.CumSum(raw, graph.constant(1, np.int64)), [-1], [np.iinfo(np.int64).max], [1])
+        total = graph.Slice(graph.CumSum(raw, graph.constant(3, np.int64)), [-1], [np.iinfo(np.int64).max], [3])
         fixed = raw / total * float(1 << PRECISION_BITS)
         half = graph.Where(graph.Less(fixed, 0.0), np.float64(-0.5), np.float64(0.5))
-        self.weights = (fixed + half).to(np.int64).to(np.float64) / float(1 << PRECISION_BITS)
-        self.first = graph.Reshape(graph.ReduceMin(start, keepdims=0), [1])
-        self.end = graph.Reshape(graph.ReduceMax(beyond, keepdims=0), [1])
-        self.index = graph.Reshape(graph.Min(place, self.end - 1), [-1])
+        weights = (fixed + half).to(np.int64).to(np.float64) / float(1 << PRECISION_BITS)
+        self.weights = graph.Concat(weights, np.full((2, self.tiles, TILE, 1), 0.5), axis=3)
+        self.first = graph.ReduceMin(start, [1, 2, 3], keepdims=0)
+        self.end = graph.ReduceMax(beyond, [1, 2, 3], keepdims=0)
+        pixels = graph.Min(graph.Squeeze(place, [2]), graph.Reshape(self.end - 1, [2, 1, 1]))
+        pixels = pixels - graph.Reshape(self.first, [2, 1, 1])
+        self.index = graph.Concat(pixels, np.full((2, self.tiles, 1), -1), axis=2)
 
 
 def _bilinear(graph: Graph, x: Value) -> Value:

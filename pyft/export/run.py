@@ -223,7 +223,10 @@ def first_line(error: BaseException) -> str:
 def _open(runtime: Any, path: Any, provider: str, threads: int | None) -> Any:
     there = runtime.get_available_providers()
     if provider not in there:
-        raise ExportError(f"onnxruntime {runtime.__version__} has no {provider} here; it has {', '.join(there)}")
+        raise ExportError(
+            f"provider={provider!r}: onnxruntime {runtime.__version__} has no {provider} here; it has "
+            f"{', '.join(there)}: give one of these, or install a package that has it (onnxruntime-gpu for CUDA)"
+        )
     try:
         session = _session(runtime, path, provider, threads, extensions=False)
     except Exception as error:
@@ -259,9 +262,8 @@ def _session(runtime: Any, path: Any, provider: str, threads: int | None, *, ext
 
 def _cannot_open(path: Any, error: Exception) -> ExportError:
     name = "the ONNX model" if isinstance(path, bytes) else f"{path} ({os.path.getsize(path):,} bytes)"
-    return ExportError(
-        f"{name} cannot be opened: it is damaged, cut short or not ONNX: {first_line(error)}. Export it again"
-    )
+    reason = first_line(error).rstrip(".")
+    return ExportError(f"{name} cannot be opened: it is damaged, cut short or not ONNX: {reason}. Export it again")
 
 
 def _fitted(value: OnnxValue, given: Any) -> NDArray[Any]:

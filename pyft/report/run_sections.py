@@ -56,7 +56,13 @@ def repeat_section(facts: RunFacts) -> Section:
         elif "<" in repeat["python"]:
             parts.append(paragraph("What stands in angle brackets was given from Python: give the same again.",
                                    class_="quiet"))  # fmt: skip
-    settings = [(element("code", name), _plain(value)) for name, value in config.get("settings", {}).items()]
+    # Stages have epochs of their own; those of the settings count for none of them then.
+    staged = isinstance(arguments.get("strategy"), list)
+    settings = [
+        (element("code", name), _plain(value))
+        for name, value in config.get("settings", {}).items()
+        if not (staged and name == "epochs")
+    ]
     settings += [
         (element("code", name), _plain(config.get(name)))
         for name in ("forward_precision", "channels_last")
@@ -93,10 +99,21 @@ def _fingerprints(model: Any, data: Any) -> Html | None:
 
 
 def _strategy(value: Any) -> str:
-    """A word, or the stages, each in its own words."""
-    if isinstance(value, list) and all(isinstance(stage, dict) for stage in value):
-        return "; ".join(map(_plain, value))
+    """A word, or the stages: 'head: 2 epochs, encoder* frozen; full: 4 epochs, learning rate times 0.01'."""
+    if isinstance(value, list) and all(isinstance(stage, dict) and "name" in stage for stage in value):
+        return "; ".join(map(_stage, value))
     return _plain(value)
+
+
+def _stage(stage: dict[str, Any]) -> str:
+    parts = []
+    if stage.get("epochs") is not None:
+        parts.append(f"{stage['epochs']} epoch{'s' * (stage['epochs'] != 1)}")
+    if stage.get("freeze") is not None:
+        parts.append(f"{_plain(stage['freeze'])} frozen")
+    if stage.get("lr_scale", 1.0) != 1.0:
+        parts.append(f"learning rate times {stage['lr_scale']}")
+    return f"{stage['name']}: {', '.join(parts) or 'all trains'}"
 
 
 def _plain(value: Any) -> str:

@@ -135,6 +135,14 @@ def test_image_that_would_fill_the_memory(tmp_path: Path, monkeypatch: pytest.Mo
         read_image(tmp_path / "bomb.png")
 
 
+def test_pixels_can_be_written_to() -> None:
+    """torch warns, once in a process, of arrays that cannot: those that Pillow gives."""
+    from pyft.data.pictures import cropped_pixels
+
+    for size in (1, 4):
+        assert cropped_pixels(Image.new("RGB", (5, 7)), size, size, "bilinear").flags.writeable
+
+
 def test_missing_pillow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 

@@ -215,7 +215,9 @@ def test_batch_fixed_at_one_inside(model, path, raw):
 
 
 def test_provider_that_is_not_there(model, path, raw):
-    failed(model, path, raw, r"has no CUDAExecutionProvider here", provider="CUDAExecutionProvider")
+    failed(
+        model, path, raw, r"provider='CUDAExecutionProvider': .* give one of these", provider="CUDAExecutionProvider"
+    )
 
 
 def test_provider_that_did_not_start(model, path, raw):

@@ -93,6 +93,21 @@ def test_numbers_of_the_run_are_on_the_page() -> None:
     assert worst in text
 
 
+def test_stages_of_ones_own_are_told_in_words() -> None:
+    run = classes_run()
+    run.config["arguments"]["strategy"] = [
+        {"name": "head", "freeze": "encoder*", "epochs": 1, "lr_scale": 1.0, "kind": "head"},
+        {"name": "rest", "freeze": None, "epochs": 4, "lr_scale": 0.01, "kind": "full"},
+    ]
+    run.config["settings"] = {"epochs": 5, "clip": 1.0}
+    page = Reader(render(run)).text
+    assert "head: 1 epoch, encoder* frozen; rest: 4 epochs, learning rate times 0.01" in page
+    # Each stage has its own number of epochs: that of the settings would be a false one.
+    settings = page[page.index("All training settings") :].partition("How it learned")[0]
+    assert "clip" in settings
+    assert "epochs" not in settings
+
+
 def test_a_run_that_has_only_begun_has_a_page() -> None:
     page = Reader(render(RunFacts("run", {"data": {"kind": "text", "problem": "classification"}})))
     assert "The run is not finished" in page.text
