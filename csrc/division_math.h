@@ -28,9 +28,13 @@ struct Divisor {
     if (n > kMost || divisor > kMost) {
       return n / divisor;
     }
-    const uint32_t low = static_cast<uint32_t>(n);
-    const uint32_t high = static_cast<uint32_t>((static_cast<uint64_t>(low) * factor) >> 32);
-    return static_cast<int64_t>((high + low) >> shift);
+    return quotient_of_31_bits(static_cast<uint32_t>(n));
+  }
+
+  // n / divisor where both fit 31 bits: no division is compiled for larger ones.
+  PYFT_HOST_DEVICE uint32_t quotient_of_31_bits(uint32_t n) const {
+    const uint32_t high = static_cast<uint32_t>((static_cast<uint64_t>(n) * factor) >> 32);
+    return (high + n) >> shift;
   }
 
  private:

@@ -1,4 +1,4 @@
-// Chosen columns and compact parts on a GPU: checks, unpacks tensors, launches.
+// Chosen columns, channels and compact parts on a GPU: checks, unpacks tensors, launches.
 #include "masked_rows_cuda.h"
 
 #include <torch/csrc/stable/library.h>
@@ -21,6 +21,15 @@ FloatFormat format_of(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(on_cuda(x) && x.dim() == 2 && format.has_value(), name,
                   " must be a float32, bfloat16 or float16 matrix on ", kCudaDevice);
   STD_TORCH_CHECK(x.size(1) < INT32_MAX, name, " has ", x.size(1), " columns; less than 2^31 are supported");
+  return *format;
+}
+
+FloatFormat format_of_planes(const Tensor& x) {
+  const auto format = float_format(view_of(x.get()).dtype);
+  STD_TORCH_CHECK(on_cuda(x) && x.dim() == 3 && format.has_value(),
+                  "x must be float32, bfloat16 or float16 (images, channels, places) on ", kCudaDevice);
+  STD_TORCH_CHECK(x.size(2) <= 1 || x.stride(2) == 1, "x has strides ", to_string(x.strides()),
+                  "; the places of a channel must lie side by side");
   return *format;
 }
 
@@ -50,11 +59,36 @@ std::tuple<Tensor, Tensor> gather_columns(const Tensor& x, const Tensor& columns
       {x.data_ptr(), x.stride(0), x.stride(1)}, places, rows, count, compact.data_ptr(), nullptr, nullptr};
   std::optional<Tensor> partial;
   if (with_sums) {
-    partial = torch::stable::new_empty(x, {column_sum_slabs(format, rows, count), count}, ScalarType::Float);
+    partial = torch::stable::new_empty(x, {column_sum_room(format, rows, count)}, ScalarType::Float);
     gather.partial = static_cast<float*>(partial->data_ptr());
     gather.sums = sums.data_ptr();
   }
   check_launch(launch_gather_columns(format, gather, device.stream()), "gather_columns");
+  return {compact, sums};
+}
+
+// (images, count, places) and, where wanted, the sum of each of these channels; else an empty tensor.
+std::tuple<Tensor, Tensor> gather_planes(const Tensor& x, const Tensor& channels, bool with_sums) {
+  const FloatFormat format = format_of_planes(x);
+  const int64_t images = x.size(0), count = channels.numel(), size = x.size(2);
+  const int64_t* places = index_of(channels, x, count, "channels");
+  // The stride between images of which there is one is nobody's.
+  PlaneGather gather{x.data_ptr(), images > 1 ? x.stride(0) : 0, x.stride(1), places, images, count, size};
+  const bool nothing = images == 0 || count == 0 || size == 0;
+  STD_TORCH_CHECK(nothing || fits_31_bits(gather), images, " images of ", count, " channels of ", size,
+                  " places; less than 2^31 planes and pieces of 32 places are supported");
+  const CudaDevice device(x);
+  Tensor compact = torch::stable::new_empty(x, {images, count, size});
+  Tensor sums = with_sums && nothing ? torch::stable::new_zeros(x, {count})
+                                     : torch::stable::new_empty(x, {with_sums ? count : 0});
+  gather.compact = compact.data_ptr();
+  std::optional<Tensor> partial;
+  if (with_sums && !nothing) {
+    partial = torch::stable::new_empty(x, {plane_sum_room(format, gather)}, ScalarType::Float);
+    gather.partial = static_cast<float*>(partial->data_ptr());
+    gather.sums = sums.data_ptr();
+  }
+  check_launch(launch_gather_planes(format, gather, device.stream()), "gather_planes");
   return {compact, sums};
 }
 
@@ -79,6 +113,7 @@ void write_part_(Tensor full, const Tensor& part, const std::optional<Tensor>& r
 
 STABLE_TORCH_LIBRARY_IMPL(pyft, PYFT_CUDA_KEY, library) {
   library.impl("gather_columns", TORCH_BOX(&gather_columns));
+  library.impl("gather_planes", TORCH_BOX(&gather_planes));
   library.impl("write_part_", TORCH_BOX(&write_part_));
 }
 

@@ -2,6 +2,7 @@
 // once. Where compact rows begin at 16 bytes these lie together and move as one access; else a thread's elements are
 // `across` apart, so that a warp's accesses are contiguous. Columns that are neighbours in the full matrix, too, such
 // as those of whole attention heads, move as one access there as well.
+#include "division_math.h"
 #include "masked_rows_cuda.h"
 
 namespace pyft {
@@ -93,6 +94,10 @@ struct Places {
 // Two blocks at once leave a thread 128 registers; left to choose, ptxas takes fewer and spills.
 constexpr int kBlocks = 2;
 
+// Steps that a warp has under way.
+template <int kN>
+constexpr int kPlaneSteps = kN == 1 ? 8 : 4;
+
 // Work(tile, slab) for each of this block.
 template <class Work>
 __device__ __forceinline__ void for_each_tile(const Tiling& tiling, const Work& work) {
@@ -181,27 +186,122 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   });
 }
 
+// How the warps of a grid are laid over planes, image by image and channel by channel: in one step a warp moves a tile,
+// `across` lanes beside each other in each of kWarp / across planes. Steps that follow each other are neighbours in
+// memory.
+struct PlaneTiling {
+  int across;  // a power of two, a whole warp where there are several tiles
+  int64_t tiles, planes, steps;
+  Divisor by_tiles, by_count;
+};
+
+PlaneTiling plane_tiling(int length, const PlaneGather& gather) {
+  int across = 1;
+  while (across < kWarp && static_cast<int64_t>(across) * length < gather.size) {
+    across *= 2;
+  }
+  const int64_t tile = static_cast<int64_t>(across) * length, tiles = (gather.size + tile - 1) / tile;
+  const int64_t down = kWarp / across, planes = gather.images * gather.count;
+  return {across, tiles, planes, (planes + down - 1) / down * tiles, Divisor(tiles), Divisor(gather.count)};
+}
+
+// Where a lane's elements of one step lie, and whether there are any.
+struct PlanePlace {
+  int64_t plane, at;
+  uint32_t image, channel, tile;
+  bool inside;
+
+  __device__ __forceinline__ PlanePlace(const PlaneTiling& tiling, const PlaneGather& gather, int64_t step, int lane,
+                                        int length) {
+    // Beyond the last step there may be no 31 bits.
+    const uint32_t bounded = static_cast<uint32_t>(step < tiling.steps ? step : 0);
+    const uint32_t group = tiling.by_tiles.quotient_of_31_bits(bounded);
+    tile = bounded - group * static_cast<uint32_t>(tiling.tiles);
+    plane = static_cast<int64_t>(group) * (kWarp / tiling.across) + lane / tiling.across;
+    at = (static_cast<int64_t>(tile) * tiling.across + lane % tiling.across) * length;
+    inside = step < tiling.steps && plane < tiling.planes && at < gather.size;
+    const uint32_t known = inside ? static_cast<uint32_t>(plane) : 0;
+    image = tiling.by_count.quotient_of_31_bits(known);
+    channel = known - image * static_cast<uint32_t>(gather.count);
+  }
+};
+
+// kN elements move as one access: those of 16 bytes, or one where a plane does not begin or end at 16 bytes.
+template <class Element, int kN, bool kSum>
+__global__ void __launch_bounds__(kThreads, kBlocks) gather_planes_kernel(PlaneGather gather, PlaneTiling tiling) {
+  constexpr int kSteps = kPlaneSteps<kN>;
+  const Element* full = static_cast<const Element*>(gather.full);
+  Element* compact = static_cast<Element*>(gather.compact);
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int64_t warp = blockIdx.x * (kThreads / kWarp) + static_cast<int>(threadIdx.x) / kWarp;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * (kThreads / kWarp) * kSteps;
+  for (int64_t first = warp * kSteps; first < tiling.steps; first += stride) {
+    Vector<Element, kN> values[kSteps] = {};
+    // Negative where there is nothing.
+    int64_t to[kSteps], slot[kSum ? kSteps : 1];
+#pragma unroll
+    for (int u = 0; u < kSteps; ++u) {
+      const PlanePlace place(tiling, gather, first + u, lane, kN);
+      to[u] = place.inside ? place.plane * gather.size + place.at : -1;
+      if constexpr (kSum) {
+        slot[u] = place.inside ? (place.image * tiling.tiles + place.tile) * gather.count + place.channel : -1;
+      }
+      if (place.inside) {
+        const int64_t channel = load(gather.channels + place.channel);
+        values[u] =
+            load_vector<kN>(full + place.image * gather.image_stride + channel * gather.channel_stride + place.at);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kSteps; ++u) {
+      if (to[u] >= 0) {
+        store_vector(compact + to[u], values[u]);
+      }
+    }
+    if constexpr (kSum) {
+#pragma unroll
+      for (int u = 0; u < kSteps; ++u) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kN; ++i) {
+          sum += to_fp32(values[u].at[i]);
+        }
+        for (int width = tiling.across / 2; width > 0; width /= 2) {
+          sum += __shfl_xor_sync(kAllLanes, sum, width);
+        }
+        if (slot[u] >= 0 && lane % tiling.across == 0) {
+          store(gather.partial + slot[u], sum);
+        }
+      }
+    }
+  }
+}
+
 __device__ __forceinline__ void store_rounded(float* place, float x) { store(place, x); }
 __device__ __forceinline__ void store_rounded(Bf16* place, float x) { store(place, to_bf16(x)); }
 __device__ __forceinline__ void store_rounded(Fp16* place, float x) { store(place, to_fp16(x)); }
 
-// The sums of all slabs: eight running sums for each column, and a tree.
+// The sums of every `each` slabs, a row of sums for each: eight running sums for each column, and a tree, in double.
 template <class Element>
 __global__ void __launch_bounds__(kThreads)
-    finish_sums_kernel(const float* partial, int64_t slabs, int64_t count, Element* sums_of_columns) {
-  PYFT_SHARED(float, sums, kThreads);
-  const Tiling tiling = {kFinishColumns, (count + kFinishColumns - 1) / kFinishColumns, 1};
-  for_each_tile(tiling, [&](int64_t tile, int64_t) {
+    finish_sums_kernel(const float* partial, int64_t slabs, int64_t each, int64_t count, Element* sums_of_columns) {
+  PYFT_SHARED(double, sums, kThreads);
+  const Tiling tiling = {kFinishColumns, (count + kFinishColumns - 1) / kFinishColumns, (slabs + each - 1) / each};
+  for_each_tile(tiling, [&](int64_t tile, int64_t group) {
     const int64_t column = tile * kFinishColumns + static_cast<int>(threadIdx.x) % kFinishColumns;
-    float total = 0.0f;
-    for (int64_t slab = static_cast<int>(threadIdx.x) / kFinishColumns; column < count && slab < slabs;
-         slab += tiling.down()) {
-      total += load(partial + slab * count + column);
+    const int64_t end = (group + 1) * each < slabs ? (group + 1) * each : slabs;
+    double total = 0.0;
+    if (column < count) {
+#pragma unroll 4
+      for (int64_t slab = group * each + static_cast<int>(threadIdx.x) / kFinishColumns; slab < end;
+           slab += tiling.down()) {
+        total += load(partial + slab * count + column);
+      }
     }
     sums[static_cast<int>(threadIdx.x)] = total;
     sum_down(tiling, sums, 1);
     if (static_cast<int>(threadIdx.x) < kFinishColumns && column < count) {
-      store_rounded(sums_of_columns + column, sums[static_cast<int>(threadIdx.x)]);
+      store_rounded(sums_of_columns + group * count + column, static_cast<float>(sums[static_cast<int>(threadIdx.x)]));
     }
     __syncthreads();
   });
@@ -229,6 +329,33 @@ bool rows_aligned(const StridedMatrix<Pointer>& matrix) {
   return matrix.column_stride == 1 && matrix.row_stride % kLength<Element> == 0 && vector_aligned(matrix.data);
 }
 
+// Sums of a few columns are few blocks' work, so that of many slabs each block takes so many first.
+constexpr int64_t kFinishSlabs = 256;
+
+// Slabs and the rows of sums that are made of them on the way.
+int64_t room_for_sums(int64_t slabs, int64_t count) {
+  return (slabs + (slabs > kFinishSlabs ? (slabs + kFinishSlabs - 1) / kFinishSlabs : 0)) * count;
+}
+
+template <class Element, class Gather>
+cudaError_t finish_sums(const Gather& gather, int64_t slabs, cudaStream_t stream) {
+  const int64_t tiles = (gather.count + kFinishColumns - 1) / kFinishColumns;
+  const float* partial = gather.partial;
+  if (slabs > kFinishSlabs) {
+    float* sums = gather.partial + slabs * gather.count;
+    const int64_t groups = (slabs + kFinishSlabs - 1) / kFinishSlabs;
+    const cudaError_t error = PYFT_LAUNCH(finish_sums_kernel<float>, UpTo{tiles * groups}, kThreads, stream, partial,
+                                          slabs, kFinishSlabs, gather.count, sums);
+    if (error != cudaSuccess) {
+      return error;
+    }
+    partial = sums;
+    slabs = groups;
+  }
+  return PYFT_LAUNCH(finish_sums_kernel<Element>, UpTo{tiles}, kThreads, stream, partial, slabs, slabs, gather.count,
+                     static_cast<Element*>(gather.sums));
+}
+
 template <class Element, bool kSum>
 cudaError_t gather_columns(const ColumnGather& gather, cudaStream_t stream) {
   constexpr int kN = kLength<Element>;
@@ -237,13 +364,35 @@ cudaError_t gather_columns(const ColumnGather& gather, cudaStream_t stream) {
   cudaError_t error = PYFT_LAUNCH((gather_kernel<Element, kSum>), UpTo{tiling.tiles * tiling.slabs}, kThreads, stream,
                                   gather, tiling, vector, rows_aligned<Element>(gather.full));
   if constexpr (kSum) {
-    const int64_t blocks = (gather.count + kFinishColumns - 1) / kFinishColumns;
-    if (error == cudaSuccess) {
-      error = PYFT_LAUNCH(finish_sums_kernel<Element>, UpTo{blocks}, kThreads, stream, gather.partial, tiling.slabs,
-                          gather.count, static_cast<Element*>(gather.sums));
-    }
+    error = error == cudaSuccess ? finish_sums<Element>(gather, tiling.slabs, stream) : error;
   }
   return error;
+}
+
+// Whether every plane begins and ends at 16 bytes, in both places.
+template <class Element>
+bool planes_aligned(const PlaneGather& gather) {
+  constexpr int kN = kLength<Element>;
+  return gather.size % kN == 0 && gather.image_stride % kN == 0 && gather.channel_stride % kN == 0 &&
+         vector_aligned(gather.full, gather.compact);
+}
+
+template <class Element, int kN, bool kSum>
+cudaError_t gather_planes(const PlaneGather& gather, cudaStream_t stream) {
+  constexpr int64_t kStepsOfBlock = kThreads / kWarp * kPlaneSteps<kN>;
+  const PlaneTiling tiling = plane_tiling(kN, gather);
+  const UpTo blocks = {(tiling.steps + kStepsOfBlock - 1) / kStepsOfBlock};
+  cudaError_t error = PYFT_LAUNCH((gather_planes_kernel<Element, kN, kSum>), blocks, kThreads, stream, gather, tiling);
+  if constexpr (kSum) {
+    error = error == cudaSuccess ? finish_sums<Element>(gather, gather.images * tiling.tiles, stream) : error;
+  }
+  return error;
+}
+
+template <class Element, bool kSum>
+cudaError_t gather_planes(const PlaneGather& gather, cudaStream_t stream) {
+  return planes_aligned<Element>(gather) ? gather_planes<Element, kLength<Element>, kSum>(gather, stream)
+                                         : gather_planes<Element, 1, kSum>(gather, stream);
 }
 
 template <class Element>
@@ -263,8 +412,9 @@ cudaError_t write_part(const PartWrite& write, cudaStream_t stream) {
 
 }  // namespace
 
-int64_t column_sum_slabs(FloatFormat format, int64_t rows, int64_t count) {
-  return tiling_of(format == FloatFormat::fp32 ? kLength<float> : kLength<Bf16>, rows, count).slabs;
+int64_t column_sum_room(FloatFormat format, int64_t rows, int64_t count) {
+  return room_for_sums(tiling_of(format == FloatFormat::fp32 ? kLength<float> : kLength<Bf16>, rows, count).slabs,
+                       count);
 }
 
 cudaError_t launch_gather_columns(FloatFormat format, const ColumnGather& gather, cudaStream_t stream) {
@@ -278,6 +428,37 @@ cudaError_t launch_gather_columns(FloatFormat format, const ColumnGather& gather
       return gather_columns<Fp16>(gather, stream);
     default:
       return gather_columns<float>(gather, stream);
+  }
+}
+
+bool fits_31_bits(const PlaneGather& gather) {
+  const PlaneTiling tiling = plane_tiling(1, gather);
+  return tiling.planes < INT32_MAX && tiling.steps < INT32_MAX;
+}
+
+int64_t plane_sum_room(FloatFormat format, const PlaneGather& gather) {
+  const bool wide = format == FloatFormat::fp32;
+  const bool aligned = wide ? planes_aligned<float>(gather) : planes_aligned<Bf16>(gather);
+  const int length = aligned ? (wide ? kLength<float> : kLength<Bf16>) : 1;
+  return room_for_sums(gather.images * plane_tiling(length, gather).tiles, gather.count);
+}
+
+cudaError_t launch_gather_planes(FloatFormat format, const PlaneGather& gather, cudaStream_t stream) {
+  if (gather.images == 0 || gather.count == 0 || gather.size == 0) {
+    return cudaSuccess;
+  }
+  if (gather.sums == nullptr) {
+    // Bits are moved as they are, so both 16-bit formats share a kernel.
+    return format == FloatFormat::fp32 ? gather_planes<float, false>(gather, stream)
+                                       : gather_planes<Bf16, false>(gather, stream);
+  }
+  switch (format) {
+    case FloatFormat::bf16:
+      return gather_planes<Bf16, true>(gather, stream);
+    case FloatFormat::fp16:
+      return gather_planes<Fp16, true>(gather, stream);
+    default:
+      return gather_planes<float, true>(gather, stream);
   }
 }
 

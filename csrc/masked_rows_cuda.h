@@ -1,5 +1,5 @@
-// The chosen columns of a matrix side by side, with their sums on the way; and a compact part written back into its
-// rows and columns. Layers that train in part need both on a GPU. No torch header.
+// The chosen columns of a matrix, or channels of images, side by side, with their sums on the way; and a compact part
+// written back into its rows and columns. Layers that train in part need these on a GPU. No torch header.
 #pragma once
 
 #include <cstdint>
@@ -22,9 +22,21 @@ struct ColumnGather {
   const int64_t* columns;
   int64_t rows, count;
   void* compact;
-  // Both null where no sums are wanted. partial: column_sum_slabs() * count floats to work in; sums: (count,).
+  // Both null where no sums are wanted. partial: column_sum_room() floats to work in; sums: (count,).
   float* partial;
   void* sums;
+};
+
+// compact (images, count, size), contiguous: compact[i][c] = full[i][channels[c]], each a run of `size` elements.
+struct PlaneGather {
+  const void* full;
+  int64_t image_stride, channel_stride;
+  const int64_t* channels;
+  int64_t images, count, size;
+  void* compact = nullptr;
+  // Both null where no sums are wanted. partial: plane_sum_room() floats to work in; sums: (count,).
+  float* partial = nullptr;
+  void* sums = nullptr;
 };
 
 // full[rows[i]][columns[j]] = part[i][j]; null stands for all in order.
@@ -37,10 +49,16 @@ struct PartWrite {
 };
 
 // Rows are summed in slabs, whose number depends on these alone: the same bits for any size of the grid.
-int64_t column_sum_slabs(FloatFormat format, int64_t rows, int64_t count);
+int64_t column_sum_room(FloatFormat format, int64_t rows, int64_t count);
+// Of planes the slabs depend on whether all begin at 16 bytes, too.
+int64_t plane_sum_room(FloatFormat format, const PlaneGather& gather);
 
-// Sums are taken in fp32 and rounded once. Nothing is launched where there are no rows or no columns.
+// Sums are taken in fp32 within a slab, in double over slabs, and rounded once. Nothing is launched where there is
+// nothing to move.
 cudaError_t launch_gather_columns(FloatFormat format, const ColumnGather& gather, cudaStream_t stream);
+// Planes and what warps move of them at once are counted in 31 bits.
+bool fits_31_bits(const PlaneGather& gather);
+cudaError_t launch_gather_planes(FloatFormat format, const PlaneGather& gather, cudaStream_t stream);
 cudaError_t launch_write_part(FloatFormat format, const PartWrite& write, cudaStream_t stream);
 
 }  // namespace pyft

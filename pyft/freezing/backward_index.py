@@ -76,4 +76,9 @@ def conv_index(entries: Entries, groups: int) -> ConvIndex:
     if len(touched) < groups or entries.columns is not None:
         columns = torch.arange(entries.shape[1]) if entries.columns is None else entries.columns
         channels = (touched[:, None] * entries.shape[1] + columns).reshape(-1)
-    return ConvIndex(None if entries.rows is None else padded, -1, channels, real, len(touched))
+    if entries.rows is None:
+        return ConvIndex(None, -1, channels, real, len(touched))
+    start = int(padded[0])
+    if torch.equal(padded, torch.arange(start, start + len(padded))):
+        return ConvIndex(None, start, channels, real, len(touched))
+    return ConvIndex(padded, -1, channels, real, len(touched))

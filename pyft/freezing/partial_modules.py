@@ -14,7 +14,7 @@ from pyft.freezing.entries import Entries
 from pyft.freezing.lean.swap import plain_class
 from pyft.freezing.parts import PARTS, SUFFIX, Part, refresh_layer, stamp, watch_steps
 from pyft.ops.partial import partial_embedding, partial_linear
-from pyft.ops.partial_conv import partial_conv
+from pyft.ops.partial_conv import channels_of_blocks, partial_conv
 
 SAME_ROWS = "_pyft_same_rows"
 INDEX = "_pyft_index"
@@ -178,7 +178,8 @@ class PartialConv(Partial):
             channels=self._index("channels", device),
             real=self._index("real", device),
             part_groups=self.__dict__[INDEX]["groups"],
-            blocks=self._index("blocks", device),
+            blocks=self.__dict__[INDEX]["block_places"],
+            block_channels=self._index("block_channels", device),
             block_size=self.__dict__[INDEX]["block_size"],
             stride=layer.stride,
             padding=padding,
@@ -369,7 +370,15 @@ def _note_indices(module: nn.Module) -> None:
         places = token_places(entries, padding_idx) if isinstance(module, nn.Embedding) else None
         index = vars(conv_index(entries, getattr(module, "groups", 1)))
         blocks = kept_blocks(entries)
-        module.__dict__[INDEX] = {**index, "blocks": blocks, "block_size": entries.block_size, "places": places}
+        block_places = None if blocks is None else blocks.flatten().tolist()
+        module.__dict__[INDEX] = {
+            **index,
+            "blocks": blocks,
+            "block_size": entries.block_size,
+            "block_places": block_places,
+            "block_channels": None if blocks is None else channels_of_blocks(block_places, entries.block_size[1]),
+            "places": places,
+        }
 
 
 def _is_dense(values: Tensor) -> bool:

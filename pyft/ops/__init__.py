@@ -12,7 +12,7 @@ from pyft.ops.bit_masks import (
 )
 from pyft.ops.clip import agc_grads_, clamp_grads_, scale_grads_
 from pyft.ops.grad_norm import grad_norm
-from pyft.ops.masked_rows import gather_columns, write_part_
+from pyft.ops.masked_rows import gather_channels, gather_columns, write_part_
 from pyft.ops.max_pool import max_pool_backward, max_pool_offsets
 from pyft.ops.partial import partial_embedding, partial_linear
 from pyft.ops.partial_conv import partial_conv
@@ -23,6 +23,7 @@ __all__ = [
     "affine_relu_bits",
     "agc_grads_",
     "clamp_grads_",
+    "gather_channels",
     "gather_columns",
     "grad_norm",
     "mask_by_bits",

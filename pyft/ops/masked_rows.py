@@ -1,6 +1,8 @@
-"""Chosen columns of a matrix side by side, and a compact part written back: kernels on a GPU, PyTorch elsewhere."""
+"""Chosen columns of a matrix, or channels of images, and a part written back: kernels on a GPU, PyTorch elsewhere."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -8,10 +10,13 @@ from torch import Tensor
 from pyft.ops.library import LIBRARY, define
 
 define("gather_columns(Tensor x, Tensor columns, bool with_sums) -> (Tensor, Tensor)")
+define("gather_planes(Tensor x, Tensor channels, bool with_sums) -> (Tensor, Tensor)")
 define("write_part_(Tensor(a!) full, Tensor part, Tensor? rows, Tensor? columns) -> ()")
 
 # The kernels count columns in 32 bits.
 _MOST_COLUMNS = 2**31 - 2
+# Theirs of planes, too, and pieces of 32 elements.
+_MOST_PLANE_ELEMENTS = 32 * (2**31 - 2)
 _FORMATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -19,6 +24,12 @@ def gather_columns_reference(x: Tensor, columns: Tensor, with_sums: bool) -> tup
     """The same as the op in PyTorch, for any dtype and device."""
     found = x.index_select(1, columns)
     return found, found.sum(0) if with_sums else x.new_empty(0)
+
+
+def gather_planes_reference(x: Tensor, channels: Tensor, with_sums: bool) -> tuple[Tensor, Tensor]:
+    """The same as the op in PyTorch, for any dtype, device and number of dimensions."""
+    found = x.index_select(1, channels)
+    return found, found.sum([0, *range(2, x.ndim)]) if with_sums else x.new_empty(0)
 
 
 def write_part_reference_(full: Tensor, part: Tensor, rows: Tensor | None, columns: Tensor | None) -> None:
@@ -38,13 +49,20 @@ def _fake_gather(x: Tensor, columns: Tensor, with_sums: bool) -> tuple[Tensor, T
     return x.new_empty((x.shape[0], count)), x.new_empty(count if with_sums else 0)
 
 
+def _fake_planes(x: Tensor, channels: Tensor, with_sums: bool) -> tuple[Tensor, Tensor]:
+    count = channels.shape[0]
+    return x.new_empty((x.shape[0], count, x.shape[2])), x.new_empty(count if with_sums else 0)
+
+
 def _fake_write(full: Tensor, part: Tensor, rows: Tensor | None, columns: Tensor | None) -> None:
     return None
 
 
 LIBRARY.impl("gather_columns", gather_columns_reference, "CompositeExplicitAutograd")
+LIBRARY.impl("gather_planes", gather_planes_reference, "CompositeExplicitAutograd")
 LIBRARY.impl("write_part_", write_part_reference_, "CompositeExplicitAutograd")
 torch.library.register_fake("pyft::gather_columns", _fake_gather, lib=LIBRARY)
+torch.library.register_fake("pyft::gather_planes", _fake_planes, lib=LIBRARY)
 torch.library.register_fake("pyft::write_part_", _fake_write, lib=LIBRARY)
 
 
@@ -75,6 +93,59 @@ def gather_columns(x: Tensor, columns: Tensor, with_sums: bool = False) -> tuple
     if _core(x) and x.shape[1] <= _MOST_COLUMNS:
         return torch.ops.pyft.gather_columns(x, columns.contiguous(), with_sums)
     return gather_columns_reference(x, columns, with_sums)
+
+
+def gather_channels(x: Tensor, channels: Tensor, with_sums: bool = False) -> tuple[Tensor, Tensor]:
+    """`x[:, channels]` of images, and with it the sum of each of these channels, on a GPU in one pass.
+
+    Args:
+        x: (N, C, ...), any strides, dtype and device.
+        channels: (r,) int64 on the device of `x`, each in [0, C). Not checked.
+        with_sums: whether the sums are wanted.
+
+    Returns:
+        (N, r, ...), channels last where those of `x` lie side by side in memory, else contiguous; and sums as
+        `gather_columns` gives them.
+
+    >>> gather_channels(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), torch.tensor([1]), with_sums=True)
+    (tensor([[[3., 4.]]]), tensor([7.]))
+    """
+    flat = _channels_last(x)
+    if flat is not None:
+        found, sums = gather_columns(flat, channels, with_sums)
+        return found.reshape(x.shape[0], *x.shape[2:], channels.shape[0]).movedim(-1, 1), sums
+    planes = _planes(x) if _core(x) else None
+    if planes is None:
+        return gather_planes_reference(x, channels, with_sums)
+    found, sums = torch.ops.pyft.gather_planes(planes, channels.contiguous(), with_sums)
+    return found.reshape(x.shape[0], channels.shape[0], *x.shape[2:]), sums
+
+
+def _channels_last(x: Tensor) -> Tensor | None:
+    """The memory of `x` as (places, channels), or None where channels are no neighbours there."""
+    count = x.shape[1]
+    step = _one_step([(x.stride(d), x.shape[d]) for d in range(x.ndim) if d != 1])
+    if x.stride(1) != 1 or count < 2 or step is None:
+        return None
+    return x.as_strided((x.numel() // count, count), (step, 1))
+
+
+def _planes(x: Tensor) -> Tensor | None:
+    """The memory of `x` as (images, channels, places), or None where the places of a channel are not one run."""
+    size = x.shape[2:].numel()
+    if x.numel() > _MOST_PLANE_ELEMENTS or x.shape[0] * x.shape[1] > _MOST_COLUMNS:
+        return None
+    if size > 1 and _one_step([(x.stride(d), x.shape[d]) for d in range(2, x.ndim)]) != 1:
+        return None
+    return x.as_strided((x.shape[0], x.shape[1], size), (x.stride(0), x.stride(1), 1))
+
+
+def _one_step(dims: list[tuple[int, int]]) -> int | None:
+    """From one place to the next through all of these (stride, size), the last the fastest; None where it varies."""
+    dims = [dim for dim in dims if dim[1] != 1]
+    if any(outer != inner * size for (outer, _), (inner, size) in pairwise(dims)):
+        return None
+    return dims[-1][0] if dims else 1
 
 
 def write_part_(full: Tensor, part: Tensor, rows: Tensor | None = None, columns: Tensor | None = None) -> None:

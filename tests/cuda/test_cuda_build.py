@@ -24,8 +24,13 @@ ARCHS = ("80+PTX", "90")
 FEW_NUMBERS = {"decision_kernel", "finish_largest_kernel", "finish_norm_kernel", "finish_sums_kernel"}
 LOADS_BY_PLACE = {"backward_planes_kernel", "pool_kernel", "backward_last_kernel"}
 STORES_FEW = {"sum_kernel", "largest_kernel", "row_norms_kernel"}
-# On a GPU chosen rows are gathered, and the product is cuBLAS's.
-CPU_ALONE = {"pyft::partial_weight_gradient"}
+# Planes that do not begin at 16 bytes, element by element.
+ONE_AT_A_TIME = "Li1E"
+# Ops of the CPU core that the CUDA core does not have, and why.
+CPU_ALONE = {
+    "pyft::partial_weight_gradient": "on a GPU gather_columns gathers the chosen rows in one kernel, with their sums, "
+    "and cuBLAS multiplies them through torch's mm: no gather inside of a matrix product is measured faster"
+}
 # In the mangled name of kernels that write one bit for each element and nothing else.
 WRITES_BITS = "TestRule"
 LOAD = """\
@@ -37,6 +42,7 @@ has = torch._C._dispatch_has_kernel_for_dispatch_key
 before = [name for name in missing if has(name, "CUDA")]
 info = import_library(__import__("pathlib").Path(sys.argv[1]), "_core_cuda").build_info()
 print(json.dumps({"info": info, "before": before,
+    "composite": [name for name in missing if has(name, "CompositeExplicitAutograd")],
     "cpu": [name for name in missing if has(name, "CPU")], "cuda": [name for name in missing if has(name, "CUDA")]}))
 """
 
@@ -67,8 +73,13 @@ def test_library_loads_beside_the_cpu_wheel_and_every_op_of_the_cpu_is_there(lib
     assert told["before"] == []
     assert re.fullmatch(r"\d+\.\d+", told["info"]["cuda"])
     assert len(told["cpu"]) >= 10
-    missing = sorted(set(told["cpu"]) - set(told["cuda"]) - CPU_ALONE)
+    missing = sorted(set(told["cpu"]) - set(told["cuda"]) - set(CPU_ALONE))
     assert not missing, f"the CPU core registers ops that the CUDA core does not: {', '.join(missing)}"
+    # An exception that no longer is one must go.
+    assert set(CPU_ALONE) <= set(told["cpu"]) - set(told["cuda"])
+    # What has no kernel is composed of PyTorch's and our own, on any device.
+    assert set(CPU_ALONE) <= set(told["composite"])
+    assert {"pyft::gather_columns", "pyft::gather_planes", "pyft::write_part_"} <= set(told["cuda"])
 
 
 def test_library_asks_for_no_library_of_cuda(library: Path) -> None:
@@ -109,7 +120,7 @@ def test_at_least_two_blocks_of_256_fit_a_multiprocessor(kernels: list[Kernel]) 
 def test_memory_is_read_and_written_16_bytes_at_once(kernels: list[Kernel]) -> None:
     narrow = []
     for kernel in kernels:
-        if kernel.title in FEW_NUMBERS:
+        if kernel.title in FEW_NUMBERS or (kernel.title == "gather_planes_kernel" and ONE_AT_A_TIME in kernel.name):
             continue
         if kernel.title not in LOADS_BY_PLACE and not kernel.has("LDG.E.128"):
             narrow.append(f"{kernel.name} sm_{kernel.arch} loads {kernel.accesses}")

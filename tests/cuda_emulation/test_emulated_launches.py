@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from emulated_core import KernelTraffic
 from torch import Tensor
 
 from pyft.ops import bit_masks as ops
+from pyft.ops import gather_channels, masked_rows
 from pyft.ops.max_pool import max_pool_backward, max_pool_offsets
 
 LENGTH = 16_384  # whole tiles of warps of every dtype
@@ -83,6 +85,61 @@ def test_bytes_of_max_pool(emulation) -> None:
     assert kernel.stores.sector_efficiency == 1.0
 
 
+def gathered(emulation, x: Tensor, channels: Tensor, with_sums: bool) -> KernelTraffic:
+    """What the gather of `channels` of x moves, sums of slabs included, and that nothing else is launched but sums."""
+    emulation.set(traffic=True)
+    emulation.reset()
+    gather_channels(x, channels, with_sums)
+    kernels = emulation.traffic()
+    (gather,) = [kernel for name, kernel in kernels.items() if "gather" in name]
+    assert len(kernels) == (2 if with_sums else 1)
+    counters = emulation.counters()
+    assert counters["launches"] == len(kernels)
+    assert not any(counters[name] for name in ("synchronisations", "copies", "fills", "allocations"))
+    return gather
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_bytes_of_chosen_channels(emulation, monkeypatch, dtype: torch.dtype, last: bool) -> None:
+    """Each chosen element is read once and written once, 16 bytes at a time; beside it an index for each access."""
+    monkeypatch.setattr(masked_rows, "_core", lambda x: True)
+    x, channels = aligned(3, 32, 32, 16, dtype=dtype), torch.arange(8, 24)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    size, places = dtype.itemsize, 3 * 32 * 16
+    data, vectors, length = size * 16 * places, size * 16 * places // 16, 16 // size
+    # A slab: 8 rows of channels for each thread of a block, or in planes the 512 bytes of a warp.
+    slab = 8 * 256 * length // 16 if last else 32 * length
+    slabs = -(-places // slab)
+    kernel = gathered(emulation, x, channels, with_sums=False)
+    assert kernel.stores.bytes == data
+    assert kernel.stores.wide == kernel.loads.wide == vectors
+    assert kernel.stores.sector_efficiency == 1.0
+    indices = kernel.loads.bytes - data
+    # In channels last memory a thread looks up its columns once for 8 rows; else each access looks up its channel.
+    assert indices == 8 * (slabs * 256 * length if last else vectors)
+    index_sectors = kernel.loads.sectors - data // 32
+    assert index_sectors <= kernel.loads.sectors * 0.2
+    summed = gathered(emulation, x, channels, with_sums=True)
+    assert summed.loads == kernel.loads
+    # One number for each slab and channel.
+    assert summed.stores.bytes - data == 4 * 16 * slabs
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_planes_at_odd_places_move_element_by_element_in_whole_warps(emulation, offset: int) -> None:
+    memory = torch.zeros(2 * 4 * 65 + 1)
+    x = memory[offset : offset + 2 * 4 * 65].view(2, 4, 65)
+    emulation.set(traffic=True)
+    emulation.reset()
+    torch.ops.pyft.gather_planes(x, torch.tensor([0, 3]), False)
+    (kernel,) = emulation.traffic().values()
+    assert kernel.stores.bytes == 4 * 2 * 2 * 65
+    assert kernel.stores.wide == kernel.loads.wide == 0
+    # 65 elements are 3 steps of a warp, the last for one element.
+    assert kernel.stores.warp_accesses == 2 * 2 * 3
+
+
 def results() -> list[Tensor]:
     """What every op gives for one input of awkward size."""
     generator = torch.Generator().manual_seed(0)
@@ -94,7 +151,10 @@ def results() -> list[Tensor]:
         pooled, at = max_pool_offsets(image, WINDOW)
         last = not image.is_contiguous()
         found += [pooled, at, max_pool_backward(pooled, at, x.shape, WINDOW, last)]
-    return found
+    channels = torch.tensor([4, 0])
+    found += torch.ops.pyft.gather_planes(x.flatten(2), channels, True)
+    found += torch.ops.pyft.gather_planes(torch.cat([x, x], 2).flatten(2)[:, :, :1272].bfloat16(), channels, True)
+    return [*found, *torch.ops.pyft.gather_columns(x.flatten(0, 2), channels, True)]
 
 
 def test_the_size_of_the_grid_changes_no_bit(emulation) -> None:
@@ -127,6 +187,8 @@ def test_odd_places_give_the_same_bits(emulation, offset: int) -> None:
         ("scale_by_bits", lambda x, bits: ops.scale_by_bits(x, bits, 2.0)),
         ("affine_relu_bits", lambda x, bits: ops.affine_relu_bits(x, torch.ones(2), torch.ones(2))),
         ("mask_channels", lambda x, bits: ops.mask_channels(x, bits, torch.ones(2))),
+        ("gather_planes", lambda x, bits: torch.ops.pyft.gather_planes(x.flatten(2), torch.tensor([1]), False)),
+        ("gather_columns", lambda x, bits: torch.ops.pyft.gather_columns(x[0, 0], torch.tensor([1]), False)),
         ("max_pool_offsets", lambda x, bits: max_pool_offsets(x, WINDOW)),
         ("max_pool_backward_", lambda x, bits: max_pool_backward(x, bits.new_zeros(32), (1, 2, 8, 8), WINDOW, False)),
     ],
@@ -143,5 +205,6 @@ def test_nothing_waits_or_copies(emulation) -> None:
     emulation.reset()
     results()
     counters = emulation.counters()
-    assert counters["launches"] == 8
+    # Sums of chosen channels and columns take a launch, and two where there are many slabs.
+    assert counters["launches"] == 8 + 2 + 2 + 2
     assert not any(counters[name] for name in ("synchronisations", "copies", "fills", "allocations"))

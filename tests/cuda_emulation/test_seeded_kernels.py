@@ -19,7 +19,7 @@ FOLDER = Path(__file__).resolve().parent
 CSRC = FOLDER.parents[1] / "csrc"
 FLAGS = ("-std=c++20", "-O1", "-w", "-ffp-contract=off", "-DPYFT_CUDA_EMULATION", f"-I{FOLDER}")
 ORDERS = (("ascending",), ("descending",), ("random", "1"))
-DRIVERS = ("update", "decision", "grad_norm", "row_norms")
+DRIVERS = ("update", "decision", "grad_norm", "row_norms", "masked_rows")
 pytestmark = pytest.mark.build
 
 
@@ -51,6 +51,7 @@ BARRIER = "__syncthreads();"
 TAIL = "left < kFour ? static_cast<int>(left) : kFour"
 ALIGNED = "reinterpret_cast<uintptr_t>(place) % (kFour * bytes) == 0"
 UPDATE, DECISION, NORM = "update_cuda.cu", "step_decision_cuda.cu", "grad_norm_cuda.cu"
+MASKED = "masked_rows_cuda.cu"
 ROWS, SUMS, FOUR = "row_norms_cuda.cu", "block_sums_cuda.h", "four_elements_cuda.h"
 
 BUGS: dict[str, dict[str, Bug]] = {
@@ -201,6 +202,53 @@ BUGS: dict[str, dict[str, Bug]] = {
         "lanes of other warps write the row": Bug(ROWS, "if (", "lane == 0", "lane < 2", "race|wrong"),
         "vectors begin at any element": Bug(FOUR, "count == kFour && ", ALIGNED, "true", "misaligned"),
     },
+}
+
+
+BUGS["masked_rows"] = {
+    "a plane's vectors begin at any element": Bug(
+        MASKED, "return ", "planes_aligned<Element>(gather)", "gather.size % 4 == 0", "misaligned|wrong"
+    ),
+    "the last vector of a plane goes beyond it": Bug(
+        MASKED, "return ", "gather.size % kN == 0", "true", "misaligned|wrong|race"
+    ),
+    "planes beyond the last image are read": Bug(
+        MASKED, "step < tiling.steps && ", "plane < tiling.planes", "true", "wrong|race"
+    ),
+    "lanes beyond the plane move elements": Bug(
+        MASKED, "plane < tiling.planes && ", "at < gather.size", "true", "wrong|race"
+    ),
+    "a plane is looked up by its place in the part": Bug(
+        MASKED, "const int64_t channel = ", "load(gather.channels + place.channel)", "place.channel", "wrong: compact"
+    ),
+    "steps of other warps are done again": Bug(
+        MASKED, "const int64_t stride = static_cast<int64_t>(gridDim.x) * (kThreads / kWarp) * ", "kSteps", "1", "race"
+    ),
+    "lanes leave before the shuffle": Bug(
+        MASKED, "for (int width = tiling.across / 2; ", "width > 0", "to[u] >= 0 && width > 0", "shuffle|lanes|shfl"
+    ),
+    "half of the lanes are not added": Bug(
+        MASKED, "for (int width = ", "tiling.across / 2", "tiling.across / 4", "wrong: sums"
+    ),
+    "every lane writes the sum": Bug(MASKED, "slot[u] >= 0 && ", "lane % tiling.across == 0", "true", "race|wrong"),
+    "a slab is the image alone": Bug(MASKED, "(place.image * tiling.tiles + ", "place.tile", "0", "race|wrong: sums"),
+    "the rest of the slabs is left out": Bug(
+        MASKED, "const int64_t end = ", "(group + 1) * each < slabs", "true", "wrong: sums"
+    ),
+    "sums of threads are read before they are there": Bug(
+        MASKED,
+        "void sum_down(const Tiling& tiling, Sums& sums, int length) {\n  ",
+        BARRIER,
+        ";",
+        "race: .* of sums|read before",
+    ),
+    "columns that are no neighbours move together": Bug(
+        MASKED, "together = together && ", "at[i] == at[0] + i", "true", "wrong"
+    ),
+    "rows of a part are not looked up": Bug(MASKED, "to.write(full + (", "job.rows == nullptr", "true", "wrong: full"),
+    "columns of a part are not looked up": Bug(
+        MASKED, "to(tiling, tile, vector, ", "job.columns", "nullptr", "wrong: full"
+    ),
 }
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from pyft.ops import masked_rows
+
 
 @pytest.fixture(params=["baseline", "avx2", "avx512"])
 def cpu_target(request: pytest.FixtureRequest, core, emulation) -> Iterator[str]:
@@ -18,6 +20,13 @@ def cpu_target(request: pytest.FixtureRequest, core, emulation) -> Iterator[str]
     core.set_cpu_target(request.param)
     yield request.param
     core.set_cpu_target("auto")
+
+
+@pytest.fixture
+def as_on_a_gpu(emulation: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the emulation functions choose the kernels of chosen rows and channels, as they do for tensors on a GPU."""
+    if emulation is not None:
+        monkeypatch.setattr(masked_rows, "_core", lambda x: x.dtype in masked_rows._FORMATS)
 
 
 @pytest.fixture

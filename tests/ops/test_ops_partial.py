@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pyft.ops import partial_conv, partial_embedding, partial_linear
+from pyft.ops import partial_embedding, partial_linear
 
 OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 IDX = torch.tensor([1, 3])
@@ -61,23 +61,6 @@ def test_linear_backward_by_opcheck(kind: str, wanted: tuple[bool, ...]) -> None
     )
 
 
-@pytest.mark.parametrize("kind", ["rows", "run", "columns", "blocks", "uneven groups"])
-def test_conv_by_opcheck(kind: str) -> None:
-    geometry = ([1, 1], [1, 1], [1, 1])
-    x, w = leaf(2, 4, 5, 5), torch.randn(6, 4, 3, 3)
-    cases: dict[str, tuple[Any, ...]] = {
-        "rows": (x, w, leaf(6), leaf(2, 4, 3, 3), leaf(2), None, IDX, -1, None, 1, None, [1, 1], *geometry, 1),
-        "run": (x, w, None, leaf(3, 4, 3, 3), None, None, None, 2, None, 1, None, [1, 1], *geometry, 1),
-        "columns": (x, w, None, leaf(6, 2, 3, 3), None, IDX, None, -1, None, 1, None, [1, 1], *geometry, 1),
-        "blocks": (x, w, None, leaf(6, 2, 3, 3), None, None, None, -1, None, 1, BLOCKS, [2, 2], *geometry, 1),
-        "uneven groups": (
-            x, torch.randn(6, 2, 3, 3), leaf(6), leaf(3, 2, 3, 3), leaf(3), None, torch.tensor([0, 2, 3, 3]), -1,
-            torch.tensor([0, 1, 2]), 2, None, [1, 1], *geometry, 2,
-        ),
-    }  # fmt: skip
-    torch.library.opcheck(torch.ops.pyft.partial_conv.default, cases[kind], test_utils=OPCHECK)
-
-
 @pytest.mark.parametrize("columns", [None, IDX])
 def test_embedding_by_opcheck(columns: torch.Tensor | None) -> None:
     places = torch.tensor([2, 0, 2, 1, 2])
@@ -104,13 +87,3 @@ def test_nan_in_the_gradient_stays_in_its_row() -> None:
     partial_linear(x, torch.randn(6, 4), None, part, rows=IDX).backward(grad)
     assert part.grad[0].isnan().all()
     torch.testing.assert_close(part.grad[1], grad[:, 3] @ x)
-
-
-def test_conv_in_float64() -> None:
-    x, weight = torch.randn(2, 3, 6, dtype=torch.float64), torch.randn(4, 3, 2, dtype=torch.float64)
-    part = torch.zeros(2, 3, 2, dtype=torch.float64, requires_grad=True)
-    dense = weight.clone().requires_grad_()
-    out = partial_conv(x, weight, None, part, rows=IDX, stride=(2,), padding=(1,), dilation=(1,))
-    out.square().sum().backward()
-    F.conv1d(x, dense, stride=2, padding=1).square().sum().backward()
-    torch.testing.assert_close(part.grad, dense.grad[IDX], rtol=1e-12, atol=1e-12)

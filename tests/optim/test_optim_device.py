@@ -132,7 +132,9 @@ def test_tables_are_copied_only_when_they_change(gpu: Any) -> None:
 BYTES = [
     # Gradient read for the norm and again; parameter and moments read and written: FIELD.md, section 2.
     ("fp32", torch.float32, {}, {}, 32),
+    ("amsgrad", torch.float32, {"amsgrad": True}, {}, 40),
     ("bf16", torch.bfloat16, {"state_dtype": "bfloat16"}, {}, 16),
+    ("bf16, fp32 moments", torch.bfloat16, {}, {}, 24),
     ("split32", torch.bfloat16, {"weights": "split32"}, {}, 28),
     ("int8", torch.float32, {"state_dtype": "int8"}, {}, 20),
     ("bf16 and int8", torch.bfloat16, {"state_dtype": "int8"}, {}, 12),
