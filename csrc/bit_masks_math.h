@@ -48,6 +48,12 @@ PYFT_HOST_DEVICE uint8_t pack_eight(const uint8_t* bytes) {
   return static_cast<uint8_t>((word * 0x0102040810204080ull) >> 56);
 }
 
+// Bit i: whether byte i is not 0. The product moves bit 8 i to bit 24 + i, and no two of its terms meet.
+PYFT_HOST_DEVICE uint32_t nonzero_bytes(uint32_t word) {
+  const uint32_t set = (((word & 0x7f7f7f7fu) + 0x7f7f7f7fu) | word) >> 7 & 0x01010101u;
+  return (set * 0x01020408u) >> 24;
+}
+
 // test(i) for each of `length` elements; the last byte is filled with zeros.
 template <class Test>
 PYFT_HOST_DEVICE void pack_each(uint8_t* bits, int64_t length, const Test& test) {

@@ -84,6 +84,14 @@ struct BitMaskOps {
     return bits;
   }
 
+  static Tensor pack_bools(const Tensor& x) {
+    STD_TORCH_CHECK(Kernels::is_here(x) && x.scalar_type() == torch::headeronly::ScalarType::Bool && is_dense(x),
+                    "x must be bool without gaps in memory on ", Kernels::kDevice, " for the compiled core");
+    Tensor bits = new_bits(x);
+    Kernels("pack_bools", x).pack_bools(static_cast<const uint8_t*>(x.data_ptr()), bytes_of(bits));
+    return bits;
+  }
+
   static Tensor mask_by_bits(const Tensor& x, const Tensor& bits, double off) {
     const FloatData data = checked_input(x);
     const uint8_t* mask = checked_bits(bits, x);
@@ -126,6 +134,7 @@ struct BitMaskOps {
     library.impl("relu_bits", TORCH_BOX(&relu_bits));
     library.impl("relu_bits_", TORCH_BOX(&relu_bits_));
     library.impl("pack_bits", TORCH_BOX(&pack_bits));
+    library.impl("pack_bools", TORCH_BOX(&pack_bools));
     library.impl("mask_by_bits", TORCH_BOX(&mask_by_bits));
     library.impl("scale_by_bits", TORCH_BOX(&scale_by_bits));
     library.impl("affine_relu_bits", TORCH_BOX(&affine_relu_bits));
