@@ -211,8 +211,10 @@ void pack_bits_cpu(FloatData x, uint8_t* bits, int64_t offset, int64_t length, B
         return run_on_target(PackLoop<Element, ReluTest>{from, place, length, {}});
       case BitTest::positive:
         return run_on_target(PackLoop<Element, PositiveTest>{from, place, length, {}});
-      default:
+      case BitTest::inside:
         return run_on_target(PackLoop<Element, InsideTest>{from, place, length, {low, high}});
+      default:
+        return run_on_target(PackLoop<Element, NotOutsideTest>{from, place, length, {low, high}});
     }
   });
 }

@@ -25,8 +25,8 @@ __device__ __forceinline__ void for_each_tile(int64_t length, const Work& work) 
   }
 }
 
-// parts[j]: bits of vector j of this lane. Two bytes belong to one lane of 8-bit elements, one to one of 16-bit elements,
-// and one to two of fp32; those swap halves, so that the warp writes 32 bytes at once, or 64.
+// parts[j]: bits of vector j of this lane. Two bytes belong to one lane of 8-bit elements, one to one of 16-bit
+// elements, and one to two of fp32; those swap halves, so that the warp writes 32 bytes at once, or 64.
 template <int kLength>
 __device__ __forceinline__ void store_parts(uint8_t* bits, const unsigned (&parts)[kLoads]) {
   const int lane = lane_of_thread();
@@ -392,8 +392,11 @@ cudaError_t launch_pack_bits(FloatData x, uint8_t* bits, int64_t length, BitTest
         return launch_pack(from, to, bits, length, Everywhere<TestRule<Element, ReluTest>>{}, stream);
       case BitTest::positive:
         return launch_pack(from, to, bits, length, Everywhere<TestRule<Element, PositiveTest>>{}, stream);
-      default:
+      case BitTest::inside:
         return launch_pack(from, to, bits, length, Everywhere<TestRule<Element, InsideTest>>{{{low, high}}}, stream);
+      default:
+        return launch_pack(from, to, bits, length, Everywhere<TestRule<Element, NotOutsideTest>>{{{low, high}}},
+                           stream);
     }
   });
 }

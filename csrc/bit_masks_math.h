@@ -12,7 +12,7 @@ namespace pyft {
 
 constexpr int64_t kMaskBlock = 64;
 
-enum class BitTest { relu, positive, inside };
+enum class BitTest { relu, positive, inside, not_outside };
 
 // torch's threshold_backward stops the gradient where output <= 0, so NaN lets it through.
 struct ReluTest {
@@ -29,6 +29,13 @@ struct InsideTest {
   float low, high;
 
   PYFT_HOST_DEVICE bool operator()(float x) const { return (x > low) & (x < high); }
+};
+
+// On a GPU it lets NaN through.
+struct NotOutsideTest {
+  float low, high;
+
+  PYFT_HOST_DEVICE bool operator()(float x) const { return !((x <= low) | (x >= high)); }
 };
 
 PYFT_HOST_DEVICE float zero_of(float) { return 0.0f; }

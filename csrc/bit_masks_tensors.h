@@ -76,7 +76,7 @@ struct BitMaskOps {
   }
 
   static Tensor pack_bits(const Tensor& x, int64_t test, double low, double high) {
-    STD_TORCH_CHECK(test >= 0 && test <= 2, "test must be 0, 1 or 2, got ", test);
+    STD_TORCH_CHECK(test >= 0 && test <= 3, "test must be 0, 1, 2 or 3, got ", test);
     const FloatData data = checked_input(x);
     Tensor bits = new_bits(x);
     Kernels("pack_bits", x)

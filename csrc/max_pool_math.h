@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "float_formats.h"
 #include "host_device.h"
 
 namespace pyft {
@@ -57,8 +58,10 @@ struct PoolShape {
 };
 
 // As torch: the first of equal values wins, the last NaN wins over all.
-PYFT_HOST_DEVICE void take_larger(float x, int32_t place, float& largest, int32_t& at) {
-  const bool take = (x > largest) | (x != x);
+template <class Element>
+PYFT_HOST_DEVICE void take_larger(Element x, int32_t place, Element& largest, int32_t& at) {
+  const float value = to_fp32(x);
+  const bool take = (value > to_fp32(largest)) | (value != value);
   largest = take ? x : largest;
   at = take ? place : at;
 }

@@ -19,7 +19,7 @@ define("affine_relu_bits(Tensor x, Tensor scale, Tensor shift) -> (Tensor, Tenso
 define("mask_channels(Tensor x, Tensor bits, Tensor scale) -> Tensor")
 
 # Tests of `pack_bits`, as in csrc/bit_masks_cpu.h.
-RELU, POSITIVE, INSIDE = 0, 1, 2
+RELU, POSITIVE, INSIDE, NOT_OUTSIDE = 0, 1, 2, 3
 _FP32_ONLY = (torch.float32,)
 _CORE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BOOL_ONLY = (torch.bool,)
@@ -55,7 +55,9 @@ def unpack_bits(bits: Tensor, like: Tensor) -> Tensor:
 def _passes(x: Tensor, test: int, low: float, high: float) -> Tensor:
     if test == RELU:
         return ~(x <= 0)
-    return x > 0 if test == POSITIVE else (x > low) & (x < high)
+    if test == POSITIVE:
+        return x > 0
+    return (x > low) & (x < high) if test == INSIDE else ~((x <= low) | (x >= high))
 
 
 def pack_bits_reference(x: Tensor, test: int, low: float = 0.0, high: float = 0.0) -> Tensor:
@@ -181,7 +183,8 @@ def pack_bits(x: Tensor, test: int, low: float = 0.0, high: float = 0.0) -> Tens
 
     Args:
         x: any shape, real dtype and device, without gaps in memory (see `gap_free`).
-        test: RELU: not x <= 0; POSITIVE: x > 0; INSIDE: low < x < high. NaN passes the first only.
+        test: RELU: not x <= 0; POSITIVE: x > 0; INSIDE: low < x < high; NOT_OUTSIDE: neither x <= low nor x >= high.
+            NaN passes the first and the last.
     """
     return torch.ops.pyft.pack_bits(x, test, low, high) if _core(x) else pack_bits_reference(x, test, low, high)
 

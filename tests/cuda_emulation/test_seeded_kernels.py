@@ -19,7 +19,7 @@ FOLDER = Path(__file__).resolve().parent
 CSRC = FOLDER.parents[1] / "csrc"
 FLAGS = ("-std=c++20", "-O1", "-w", "-ffp-contract=off", "-DPYFT_CUDA_EMULATION", f"-I{FOLDER}")
 ORDERS = (("ascending",), ("descending",), ("random", "1"))
-DRIVERS = ("update", "decision", "grad_norm", "row_norms")
+DRIVERS = ("update", "decision", "grad_norm", "row_norms", "bit_masks")
 pytestmark = pytest.mark.build
 
 
@@ -51,6 +51,7 @@ BARRIER = "__syncthreads();"
 TAIL = "left < kFour ? static_cast<int>(left) : kFour"
 ALIGNED = "reinterpret_cast<uintptr_t>(place) % (kFour * bytes) == 0"
 UPDATE, DECISION, NORM = "update_cuda.cu", "step_decision_cuda.cu", "grad_norm_cuda.cu"
+BITS, BITS_MATH = "bit_masks_cuda.cu", "bit_masks_math.h"
 ROWS, SUMS, FOUR = "row_norms_cuda.cu", "block_sums_cuda.h", "four_elements_cuda.h"
 
 BUGS: dict[str, dict[str, Bug]] = {
@@ -200,6 +201,63 @@ BUGS: dict[str, dict[str, Bug]] = {
         "the tail is a whole vector": Bug(ROWS, "begin + i, ", TAIL, "kFour", "wrong"),
         "lanes of other warps write the row": Bug(ROWS, "if (", "lane == 0", "lane < 2", "race|wrong"),
         "vectors begin at any element": Bug(FOUR, "count == kFour && ", ALIGNED, "true", "misaligned"),
+    },
+    "bit_masks": {
+        "a tile that is begun is packed whole": Bug(
+            BITS,
+            "Element* y, uint8_t* bits, int64_t length, bool aligned, Rule rule) {\n"
+            "  constexpr int kLength = kVectorLength<Element>;\n  const int lane = lane_of_thread();\n"
+            "  for_each_tile<Element>(length, [&](int64_t first) {\n    if (aligned && ",
+            "first + kTile<Element> <= length",
+            "first < length",
+            "wrong|race",
+        ),
+        "warps take each other's tiles": Bug(
+            BITS,
+            "step = ",
+            "static_cast<int64_t>(gridDim.x) * kWarps * kTile<Element>",
+            "kWarps * kTile<Element>",
+            "race: .* global memory",
+        ),
+        "lanes of fp32 keep the half that they should give": Bug(
+            BITS, "taken = ", "__shfl_xor_sync(kAllLanes, given, 1)", "given", "wrong: bits"
+        ),
+        "lanes of fp32 read the half of the other": Bug(
+            BITS, "parts[j] = odd ? ", "other >> 4", "other & 15u", "wrong: y"
+        ),
+        "two bytes of bits are written at an odd place": Bug(
+            BITS,
+            "even = kVectorLength<Element> <= 8 || ",
+            "reinterpret_cast<uintptr_t>(bits) % 2 == 0",
+            "true",
+            "misaligned",
+        ),
+        "x is read in vectors wherever it begins": Bug(
+            BITS, "length, even && ", "vector_aligned(x, y)", "true", "misaligned"
+        ),
+        "lanes without an element leave before the ballot": Bug(
+            BITS,
+            "words[j] = ",
+            "__ballot_sync(kAllLanes, bit)",
+            "(i < end ? __ballot_sync(kAllLanes, bit) : 0u)",
+            "lane",
+        ),
+        "the last byte is written only if it is full": Bug(
+            BITS, "lane < 4 * kLoads && ", "begin + 8 * lane < end", "begin + 8 * lane + 8 <= end", "wrong: bits"
+        ),
+        "bits of the end are those of another byte": Bug(
+            BITS, "bytes[j] = ", "load(bits + i / 8)", "load(bits + i / 9)", "wrong"
+        ),
+        "only a byte of 1 is true": Bug(
+            BITS_MATH, "set = ", "(((word & 0x7f7f7f7fu) + 0x7f7f7f7fu) | word) >> 7", "word", "wrong: bits"
+        ),
+        "bytes of a word are in the reverse order": Bug(
+            BITS_MATH, "return ", "(set * 0x01020408u) >> 24", "(set * 0x08040201u) >> 24", "wrong: bits"
+        ),
+        "a channel ends one element late": Bug(BITS, "other = ", "left == 0", "left == 1", "wrong"),
+        "the scale of the first channel serves the vector": Bug(
+            BITS, "float next(float x, bool& bit) {\n      if (", "place.step()", "false", "wrong: y"
+        ),
     },
 }
 

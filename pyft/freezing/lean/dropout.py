@@ -1,4 +1,4 @@
-"""Dropout that keeps one bit for each element, where torch keeps a mask: bool on CUDA, of the input's dtype elsewhere."""
+"""Dropout that keeps one bit for each element. torch keeps a mask: bool on CUDA, elsewhere of its input's dtype."""
 
 from __future__ import annotations
 
