@@ -1,4 +1,4 @@
-"""On a GPU: one step of clip and AdamW, and lean layers; time from bytes and bandwidth, and measured where there is one.
+"""On a GPU: one step of clip and AdamW, and lean layers; time from bytes and bandwidth, and measured where one is here.
 
 python bench/bench_cuda.py     # the tables of docs/cuda.md
 pytest bench/bench_cuda.py     # needs a GPU; torch's fused AdamW and bitsandbytes in the same run, and torch's layers

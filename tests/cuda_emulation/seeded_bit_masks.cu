@@ -7,8 +7,8 @@ namespace {
 using namespace pyft;
 using drive::Memory;
 
-// Less than a byte, less than a tile, and several tiles for each warp with an end or without one.
-const int64_t kLengths[] = {1, 5, 300, 8192, 20480, 40965};
+// Less than a byte, less than a tile, just less than tiles, and several for each warp with an end or without one.
+const int64_t kLengths[] = {1, 5, 300, 8188, 20480, 40965};
 
 bool bit_at(Memory<uint8_t>& bits, int64_t i) { return (bits[i / 8] >> i % 8 & 1) != 0; }
 
