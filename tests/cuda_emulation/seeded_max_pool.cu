@@ -12,9 +12,9 @@ float value_of(Bf16 x) { return to_fp32(x); }
 void set(float& place, float x) { place = x; }
 void set(Bf16& place, float x) { place = to_bf16(x); }
 
-// Few levels, so that windows hold equal values; one NaN; and rows that are -inf.
-float input(int64_t i) {
-  return i % 97 == 13 ? NAN : i / 8 % 11 == 5 ? -INFINITY : std::floor(drive::number(1, i) * 4.0f) / 4.0f;
+// Few levels, so that windows hold equal values; NaN; and windows in which all is -inf.
+float input(int64_t i, int64_t lowest) {
+  return i < lowest ? -INFINITY : i % 97 == 13 ? NAN : std::floor(drive::number(1, i) * 4.0f) / 4.0f;
 }
 
 template <class Element>
@@ -27,7 +27,7 @@ void check_one(int64_t parts, int64_t channels, const PoolShape& s, FloatFormat 
   std::vector<double> sums(x.size(), 0.0);
   std::vector<int64_t> places(y.size());
   for (int64_t i = 0; i < x.size(); ++i) {
-    set(x[i], input(i));
+    set(x[i], input(i, ins * channels / 2));
   }
   for (int64_t part = 0; part < parts; ++part) {
     for (int64_t row = 0; row < s.height.out; ++row) {
@@ -65,7 +65,7 @@ void check_one(int64_t parts, int64_t channels, const PoolShape& s, FloatFormat 
   drive::expect(launch_max_pool_backward(given, at.data(), dx.data(), parts, channels, s, nullptr) == cudaSuccess,
                 "launch", 1, 1, 0);
   // Sums of up to nine numbers in fp32, then one rounding.
-  const double rounding = format == FloatFormat::fp32 ? 1e-6 : 1.0 / 512.0;
+  const double rounding = format == FloatFormat::fp32 ? 1e-6 : 1.0 / 256.0;
   for (int64_t i = 0; i < dx.size(); ++i) {
     const double difference = std::fabs(value_of(dx[i]) - sums[i]);
     drive::expect(difference <= rounding * std::fabs(sums[i]) + 1e-6, "dx", i, value_of(dx[i]), sums[i]);
@@ -85,7 +85,7 @@ void check() {
     check_one<float>(2, 8, shape, FloatFormat::fp32, 1);
     check_one<Bf16>(3, 1, shape, FloatFormat::bf16, 1);
     check_one<Bf16>(2, 16, shape, FloatFormat::bf16, 0);
-    check_one<Bf16>(2, 4, shape, FloatFormat::bf16, 0);
+    check_one<Bf16>(2, 12, shape, FloatFormat::bf16, 0);
   }
 }
 
