@@ -130,7 +130,7 @@ def test_16_bits_on_the_cpu_are_torchs(core, emulation) -> None:
     if emulation is None:
         with pytest.raises(RuntimeError, match=r"x must be .* float32 on the CPU"):
             torch.ops.pyft.max_pool_offsets(x, torch.empty(2, 3, 7, 7), [3, 3, 2, 2, 0, 0, 1, 1])
-    with pytest.raises(RuntimeError, match="of one dtype"):
+    with pytest.raises(RuntimeError, match=r"dx must be .* float32 on the CPU|of one dtype"):
         torch.ops.pyft.max_pool_backward_(
             torch.ones(1, 1, 2, 2), torch.zeros(4, dtype=torch.uint8), torch.ones(1, 1, 4, 4).bfloat16(),
             [2, 2, 2, 2, 0, 0, 1, 1],
