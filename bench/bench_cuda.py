@@ -1,7 +1,7 @@
-"""One step of clip and AdamW on a GPU: time predicted from bytes and bandwidth, and measured where there is a GPU.
+"""On a GPU: one step of clip and AdamW, and lean layers; time from bytes and bandwidth, and measured where one is here.
 
 python bench/bench_cuda.py     # the tables of docs/cuda.md
-pytest bench/bench_cuda.py     # needs a GPU; torch's fused AdamW and bitsandbytes in the same run
+pytest bench/bench_cuda.py     # needs a GPU; torch's fused AdamW and bitsandbytes in the same run, and torch's layers
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from parameters import BERT, numel, parameters
+from torch import nn
 
 import pyft
 
@@ -69,6 +70,46 @@ ROWS: dict[str, dict[str, int]] = {
     "bf16, 8-bit moments": {"pyft": Layout(2, 2, 2).fused_clip, "bitsandbytes": Layout(2, 2, 2).separate_clip},
 }
 PEERS = ("torch fused", "apex", "bitsandbytes")
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Of one element of a layer's input: bytes that memory moves forward and backward, and those kept in between."""
+
+    forward: float
+    backward: float
+    kept: float
+
+    def __str__(self) -> str:
+        return f"{self.forward:g} + {self.backward:g}"
+
+
+BIT = 1 / 8
+
+
+def lean_traffic(size: int) -> dict[str, tuple[Traffic, Traffic]]:
+    """Layer -> ours and torch's, for elements of `size` bytes; numbers for each channel are left out."""
+    copy = 2 * size
+    norm = Traffic(copy, copy, size), Traffic(copy, copy, 0)
+    relu = Traffic(copy, 3 * size, size), Traffic(copy + BIT, copy + BIT, BIT)
+    both = Traffic(*(a + b for a, b in zip((copy, copy, size), (copy, 3 * size, size), strict=True)))
+    # fp32 takes one pass, 16 bits take two.
+    fused = Traffic(copy + BIT, copy + BIT, BIT) if size == 4 else Traffic(2 * copy + BIT, 2 * copy + BIT, BIT)
+
+    def pool(place: int, kept: float) -> Traffic:
+        # Each output: a value and a place. Overlapping windows read their inputs from the cache.
+        return Traffic(size + (size + place) / 4, size + (size + place) / 4, kept)
+
+    return {
+        "ReLU": (relu[1], relu[0]),
+        "ReLU6, Hardtanh, LeakyReLU": (Traffic(copy + size + BIT, copy + BIT, BIT), relu[0]),
+        "BatchNorm in eval mode": (norm[1], norm[0]),
+        "BatchNorm in eval mode, ReLU": (fused, both),
+        "Dropout": (Traffic(copy + 1 + 1 + BIT, copy + BIT, BIT), Traffic(copy + 1, copy + 1, 1)),
+        "MaxPool2d(3, 2, 1)": (pool(1, 1 / 4), pool(8, size + 8 / 4)),
+    }
+
+
 # Row -> dtype of parameters and options of pyft.optim.AdamW.
 OURS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "fp32": (torch.float32, {}),
@@ -93,6 +134,18 @@ def tables() -> str:
         for who, moved in bytes_of.items():
             times = " | ".join(f"{1e3 * count * moved / speed:.2f}" for speed in BANDWIDTH.values())
             lines.append(f"| {row}, {who} | {times} |")
+    return "\n".join(lines)
+
+
+def lean_table() -> str:
+    """Bytes of an element of the input, forward + backward, as Markdown."""
+    heads = [f"{who}, {name}" for name in ("fp32", "16 bits") for who in ("pyft", "torch")]
+    lines = ["| layer | " + " | ".join(heads) + " | kept, pyft | kept, torch |", "|---" * (len(heads) + 3) + "|"]
+    wide, narrow = lean_traffic(4), lean_traffic(2)
+    for layer, (ours, theirs) in wide.items():
+        kept = f"{theirs.kept:g}", f"{narrow[layer][1].kept:g}"
+        cells = [str(traffic) for pair in ((ours, theirs), narrow[layer]) for traffic in pair]
+        lines.append(f"| {layer} | {' | '.join(cells)} | {ours.kept:g} | {' or '.join(dict.fromkeys(kept))} |")
     return "\n".join(lines)
 
 
@@ -155,5 +208,36 @@ def test_step(record: Callable[..., None], row: str) -> None:
         record(table, row, who, seconds, **{"TB/s": moved / seconds / 1e12})
 
 
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "ReLU": nn.ReLU,
+    "ReLU6, Hardtanh, LeakyReLU": nn.ReLU6,
+    "BatchNorm in eval mode": lambda: nn.BatchNorm2d(64),
+    "BatchNorm in eval mode, ReLU": lambda: nn.Sequential(nn.BatchNorm2d(64), nn.ReLU()),
+    "Dropout": nn.Dropout,
+    "MaxPool2d(3, 2, 1)": lambda: nn.MaxPool2d(3, 2, 1),
+}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_lean_layer(record: Callable[..., None], layer: str, dtype: torch.dtype) -> None:
+    """Seconds of a frozen layer forward and backward, and the share of the card's bandwidth that its bytes are."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    x = torch.randn(64, 64, 112, 112, device="cuda", dtype=dtype).contiguous(memory_format=torch.channels_last)
+    for who, moved in zip(("pyft", "torch"), lean_traffic(dtype.itemsize)[layer], strict=True):
+        module = nn.ModuleList([LAYERS[layer](), nn.Linear(2, 2)]).cuda().to(dtype).requires_grad_(False)
+        if who == "pyft":
+            pyft.lean(module)
+        run = module[0].train(layer == "Dropout")
+        leaf = x.clone().requires_grad_()
+        grad = torch.ones_like(run(leaf))
+        seconds = seconds_of(lambda run=run, leaf=leaf, grad=grad: torch.autograd.grad(run(leaf), leaf, grad))
+        bytes_ = x.numel() * (moved.forward + moved.backward)
+        table = f"frozen layers, 51 M elements of {dtype}, {torch.cuda.get_device_name()}"
+        record(table, layer, who, seconds, **{"TB/s": bytes_ / seconds / 1e12})
+
+
 if __name__ == "__main__":
-    print(tables())
+    print(tables(), lean_table(), sep="\n\n")

@@ -23,6 +23,9 @@ class CpuBitMasks {
   void pack(FloatData x, uint8_t* bits, BitTest test, float low, float high) const {
     over_chunks([&](int64_t offset, int64_t length) { pack_bits_cpu(x, bits, offset, length, test, low, high); });
   }
+  void pack_bools(const uint8_t* x, uint8_t* bits) const {
+    over_chunks([&](int64_t offset, int64_t length) { pack_bools_cpu(x, bits, offset, length); });
+  }
   void mask(FloatData x, const uint8_t* bits, void* y, float off) const {
     over_chunks([&](int64_t offset, int64_t length) { mask_by_bits_cpu(x, bits, y, offset, length, off); });
   }

@@ -71,6 +71,17 @@ struct PackLoop {
   }
 };
 
+struct PackBoolsLoop {
+  const uint8_t* x;
+  uint8_t* bits;
+  int64_t length;
+
+  PYFT_HOST_DEVICE void operator()() const {
+    const uint8_t* from = x;
+    pack_each(bits, length, [=](int64_t i) __attribute__((always_inline)) { return from[i] != 0; });
+  }
+};
+
 template <class Element>
 struct MaskLoop {
   const Element* x;
@@ -200,10 +211,16 @@ void pack_bits_cpu(FloatData x, uint8_t* bits, int64_t offset, int64_t length, B
         return run_on_target(PackLoop<Element, ReluTest>{from, place, length, {}});
       case BitTest::positive:
         return run_on_target(PackLoop<Element, PositiveTest>{from, place, length, {}});
-      default:
+      case BitTest::inside:
         return run_on_target(PackLoop<Element, InsideTest>{from, place, length, {low, high}});
+      default:
+        return run_on_target(PackLoop<Element, NotOutsideTest>{from, place, length, {low, high}});
     }
   });
+}
+
+void pack_bools_cpu(const uint8_t* x, uint8_t* bits, int64_t offset, int64_t length) {
+  run_on_target(PackBoolsLoop{x + offset, bits + offset / 8, length});
 }
 
 void mask_by_bits_cpu(FloatData x, const uint8_t* bits, void* y, int64_t offset, int64_t length, float off) {

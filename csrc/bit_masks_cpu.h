@@ -13,6 +13,8 @@ namespace pyft {
 // y = max(x, 0) and where the gradient goes through; y may be x.
 void relu_bits_cpu(FloatData x, void* y, uint8_t* bits, int64_t offset, int64_t length);
 void pack_bits_cpu(FloatData x, uint8_t* bits, int64_t offset, int64_t length, BitTest test, float low, float high);
+// Which of these bytes are not 0.
+void pack_bools_cpu(const uint8_t* x, uint8_t* bits, int64_t offset, int64_t length);
 // y = x where the bit is set, else x * off; off = 0 gives 0 whatever x is.
 void mask_by_bits_cpu(FloatData x, const uint8_t* bits, void* y, int64_t offset, int64_t length, float off);
 // y = x * (on where the bit is set, else 0).

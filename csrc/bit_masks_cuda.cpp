@@ -20,6 +20,9 @@ class CudaBitMasks {
   void pack(FloatData x, uint8_t* bits, BitTest test, float low, float high) const {
     check_launch(launch_pack_bits(x, bits, length_, test, low, high, device_.stream()), op_);
   }
+  void pack_bools(const uint8_t* x, uint8_t* bits) const {
+    check_launch(launch_pack_bools(x, bits, length_, device_.stream()), op_);
+  }
   void mask(FloatData x, const uint8_t* bits, void* y, float off) const {
     check_launch(launch_mask_by_bits(x, bits, y, length_, off, device_.stream()), op_);
   }

@@ -25,12 +25,17 @@ __device__ __forceinline__ void for_each_tile(int64_t length, const Work& work) 
   }
 }
 
-// parts[j]: bits of vector j of this lane. A byte belongs to one lane of 16-bit elements, to two of fp32; those swap
-// halves, so that the warp writes 32 bytes at once in both cases.
+// parts[j]: bits of vector j of this lane. Two bytes belong to one lane of 8-bit elements, one to one of 16-bit
+// elements, and one to two of fp32; those swap halves, so that the warp writes 32 bytes at once, or 64.
 template <int kLength>
 __device__ __forceinline__ void store_parts(uint8_t* bits, const unsigned (&parts)[kLoads]) {
   const int lane = lane_of_thread();
-  if constexpr (kLength == 8) {
+  if constexpr (kLength == 16) {
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) {
+      store(reinterpret_cast<uint16_t*>(bits) + j * kWarp + lane, static_cast<uint16_t>(parts[j]));
+    }
+  } else if constexpr (kLength == 8) {
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
       store(bits + j * kWarp + lane, static_cast<uint8_t>(parts[j]));
@@ -72,6 +77,45 @@ __device__ __forceinline__ void load_parts(const uint8_t* bits, unsigned (&parts
   }
 }
 
+// Rules that are the same for all elements.
+template <class Rule>
+struct Everywhere : Rule {
+  __device__ __forceinline__ const Everywhere& at(int64_t) const { return *this; }
+};
+
+// The bits of a vector, whose elements become what the rule makes of them.
+template <class Walk, class Element, int kLength>
+__device__ __forceinline__ unsigned bits_of_vector(Walk walk, Vector<Element, kLength>& values) {
+  unsigned bits = 0;
+#pragma unroll
+  for (int i = 0; i < kLength; ++i) {
+    bool bit;
+    values.at[i] = walk.next(values.at[i], bit);
+    bits |= (bit ? 1u : 0u) << i;
+  }
+  return bits;
+}
+
+struct BoolTestRule {
+  static constexpr bool kWrites = false;
+
+  __device__ __forceinline__ uint8_t next(uint8_t e, bool& bit) const {
+    bit = e != 0;
+    return e;
+  }
+};
+
+// Four bytes at once.
+__device__ __forceinline__ unsigned bits_of_vector(Everywhere<BoolTestRule>, Vector<uint8_t, 16>& values) {
+  const auto words = __builtin_bit_cast(Vector<uint32_t, 4>, values);
+  unsigned bits = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    bits |= nonzero_bytes(words.at[i]) << 4 * i;
+  }
+  return bits;
+}
+
 // Writes what it makes of each element (or nothing, if it is a test) and a bit for it. rule.at(i) begins at element i;
 // next(e, bit) is called for one element after the other.
 template <class Element, class Rule>
@@ -90,14 +134,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int j = 0; j < kLoads; ++j) {
         const int64_t begin = first + (j * kWarp + lane) * kLength;
-        auto walk = rule.at(begin);
-        parts[j] = 0;
-#pragma unroll
-        for (int i = 0; i < kLength; ++i) {
-          bool bit;
-          values[j].at[i] = walk.next(values[j].at[i], bit);
-          parts[j] |= (bit ? 1u : 0u) << i;
-        }
+        parts[j] = bits_of_vector(rule.at(begin), values[j]);
         if constexpr (Rule::kWrites) {
           store_vector(y + begin, values[j]);
         }
@@ -186,12 +223,6 @@ __global__ void __launch_bounds__(kThreads)
     }
   });
 }
-
-// Rules that are the same for all elements.
-template <class Rule>
-struct Everywhere : Rule {
-  __device__ __forceinline__ const Everywhere& at(int64_t) const { return *this; }
-};
 
 template <class Element>
 struct ReluRule {
@@ -316,8 +347,10 @@ cudaError_t launch_pack(const Element* x, Element* y, uint8_t* bits, int64_t len
   if (length == 0) {
     return cudaSuccess;
   }
+  // A lane of 8-bit elements writes two bytes at once.
+  const bool even = kVectorLength<Element> <= 8 || reinterpret_cast<uintptr_t>(bits) % 2 == 0;
   return PYFT_LAUNCH((pack_kernel<Element, Rule>), UpTo{blocks_for<Element>(length)}, kThreads, stream, x, y, bits,
-                     length, vector_aligned(x, y), rule);
+                     length, even && vector_aligned(x, y), rule);
 }
 
 template <class Element, class Rule>
@@ -359,10 +392,17 @@ cudaError_t launch_pack_bits(FloatData x, uint8_t* bits, int64_t length, BitTest
         return launch_pack(from, to, bits, length, Everywhere<TestRule<Element, ReluTest>>{}, stream);
       case BitTest::positive:
         return launch_pack(from, to, bits, length, Everywhere<TestRule<Element, PositiveTest>>{}, stream);
-      default:
+      case BitTest::inside:
         return launch_pack(from, to, bits, length, Everywhere<TestRule<Element, InsideTest>>{{{low, high}}}, stream);
+      default:
+        return launch_pack(from, to, bits, length, Everywhere<TestRule<Element, NotOutsideTest>>{{{low, high}}},
+                           stream);
     }
   });
+}
+
+cudaError_t launch_pack_bools(const uint8_t* x, uint8_t* bits, int64_t length, cudaStream_t stream) {
+  return launch_pack<uint8_t>(x, nullptr, bits, length, Everywhere<BoolTestRule>{}, stream);
 }
 
 cudaError_t launch_mask_by_bits(FloatData x, const uint8_t* bits, void* y, int64_t length, float off,

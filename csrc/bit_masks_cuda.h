@@ -13,6 +13,7 @@ namespace pyft {
 cudaError_t launch_relu_bits(FloatData x, void* y, uint8_t* bits, int64_t length, cudaStream_t stream);
 cudaError_t launch_pack_bits(FloatData x, uint8_t* bits, int64_t length, BitTest test, float low, float high,
                              cudaStream_t stream);
+cudaError_t launch_pack_bools(const uint8_t* x, uint8_t* bits, int64_t length, cudaStream_t stream);
 cudaError_t launch_mask_by_bits(FloatData x, const uint8_t* bits, void* y, int64_t length, float off,
                                 cudaStream_t stream);
 cudaError_t launch_scale_by_bits(FloatData x, const uint8_t* bits, void* y, int64_t length, float on,

@@ -12,7 +12,7 @@ namespace pyft {
 
 constexpr int64_t kMaskBlock = 64;
 
-enum class BitTest { relu, positive, inside };
+enum class BitTest { relu, positive, inside, not_outside };
 
 // torch's threshold_backward stops the gradient where output <= 0, so NaN lets it through.
 struct ReluTest {
@@ -31,6 +31,13 @@ struct InsideTest {
   PYFT_HOST_DEVICE bool operator()(float x) const { return (x > low) & (x < high); }
 };
 
+// On a GPU it lets NaN through.
+struct NotOutsideTest {
+  float low, high;
+
+  PYFT_HOST_DEVICE bool operator()(float x) const { return !((x <= low) | (x >= high)); }
+};
+
 PYFT_HOST_DEVICE float zero_of(float) { return 0.0f; }
 PYFT_HOST_DEVICE Bf16 zero_of(Bf16) { return {0}; }
 PYFT_HOST_DEVICE Fp16 zero_of(Fp16) { return {0}; }
@@ -46,6 +53,12 @@ PYFT_HOST_DEVICE uint8_t pack_eight(const uint8_t* bytes) {
   uint64_t word;
   std::memcpy(&word, bytes, 8);
   return static_cast<uint8_t>((word * 0x0102040810204080ull) >> 56);
+}
+
+// Bit i: whether byte i is not 0. The product moves bit 8 i to bit 24 + i, and no two of its terms meet.
+PYFT_HOST_DEVICE uint32_t nonzero_bytes(uint32_t word) {
+  const uint32_t set = (((word & 0x7f7f7f7fu) + 0x7f7f7f7fu) | word) >> 7 & 0x01010101u;
+  return (set * 0x01020408u) >> 24;
 }
 
 // test(i) for each of `length` elements; the last byte is filled with zeros.

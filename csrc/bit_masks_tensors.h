@@ -76,11 +76,19 @@ struct BitMaskOps {
   }
 
   static Tensor pack_bits(const Tensor& x, int64_t test, double low, double high) {
-    STD_TORCH_CHECK(test >= 0 && test <= 2, "test must be 0, 1 or 2, got ", test);
+    STD_TORCH_CHECK(test >= 0 && test <= 3, "test must be 0, 1, 2 or 3, got ", test);
     const FloatData data = checked_input(x);
     Tensor bits = new_bits(x);
     Kernels("pack_bits", x)
         .pack(data, bytes_of(bits), static_cast<BitTest>(test), static_cast<float>(low), static_cast<float>(high));
+    return bits;
+  }
+
+  static Tensor pack_bools(const Tensor& x) {
+    STD_TORCH_CHECK(Kernels::is_here(x) && x.scalar_type() == torch::headeronly::ScalarType::Bool && is_dense(x),
+                    "x must be bool without gaps in memory on ", Kernels::kDevice, " for the compiled core");
+    Tensor bits = new_bits(x);
+    Kernels("pack_bools", x).pack_bools(static_cast<const uint8_t*>(x.data_ptr()), bytes_of(bits));
     return bits;
   }
 
@@ -126,6 +134,7 @@ struct BitMaskOps {
     library.impl("relu_bits", TORCH_BOX(&relu_bits));
     library.impl("relu_bits_", TORCH_BOX(&relu_bits_));
     library.impl("pack_bits", TORCH_BOX(&pack_bits));
+    library.impl("pack_bools", TORCH_BOX(&pack_bools));
     library.impl("mask_by_bits", TORCH_BOX(&mask_by_bits));
     library.impl("scale_by_bits", TORCH_BOX(&scale_by_bits));
     library.impl("affine_relu_bits", TORCH_BOX(&affine_relu_bits));

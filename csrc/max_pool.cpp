@@ -13,6 +13,8 @@ namespace {
 class CpuMaxPool {
  public:
   static constexpr const char* kDevice = "the CPU";
+  // torch adds up gradients of 16 bits in 16 bits here, and in fp32 on a GPU.
+  static constexpr bool k16Bits = false;
   static bool is_here(const Tensor& x) { return x.is_cpu(); }
 
   CpuMaxPool(const char*, const Tensor&, const PoolShape& shape) : shape_(shape) {
@@ -20,7 +22,9 @@ class CpuMaxPool {
   }
 
   // parts: planes with one channel each, or images with channels last.
-  void pool(const float* x, float* y, uint8_t* at, int64_t parts, int64_t channels) const {
+  void pool(FloatData input, void* output, uint8_t* at, int64_t parts, int64_t channels) const {
+    const float* x = static_cast<const float*>(input.data);
+    float* y = static_cast<float*>(output);
     const PoolAxis &h = shape_.height, &w = shape_.width;
     const int64_t row_cost = w.out * h.kernel * w.kernel * channels;
     torch::stable::parallel_for(0, parts * h.out, 1 + kWorthAThread / std::max<int64_t>(1, row_cost),
@@ -34,7 +38,9 @@ class CpuMaxPool {
                                 });
   }
 
-  void backward(const float* grad, const uint8_t* at, float* dx, int64_t parts, int64_t channels) const {
+  void backward(FloatData output, const uint8_t* at, void* input, int64_t parts, int64_t channels) const {
+    const float* grad = static_cast<const float*>(output.data);
+    float* dx = static_cast<float*>(input);
     const int64_t cost = shape_.height.in * shape_.width.in * channels;
     torch::stable::parallel_for(
         0, parts, 1 + kWorthAThread / std::max<int64_t>(1, cost),

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "float_formats.h"
 #include "host_device.h"
 
 namespace pyft {
@@ -57,8 +58,26 @@ struct PoolShape {
 };
 
 // As torch: the first of equal values wins, the last NaN wins over all.
-PYFT_HOST_DEVICE void take_larger(float x, int32_t place, float& largest, int32_t& at) {
-  const bool take = (x > largest) | (x != x);
+template <class Element>
+PYFT_HOST_DEVICE bool is_larger(Element x, Element largest) {
+  const float value = to_fp32(x);
+  return (value > to_fp32(largest)) | (value != value);
+}
+
+// In order as numbers are, NaN above all: fewer instructions than conversions.
+PYFT_HOST_DEVICE int32_t rank_of(Fp16 x) {
+  constexpr int32_t kInfinity = 0x7c00;
+  const int32_t size = x.bits & 0x7fff;
+  return size > kInfinity ? kInfinity + 1 : (x.bits & 0x8000) != 0 ? -size : size;
+}
+PYFT_HOST_DEVICE bool is_larger(Fp16 x, Fp16 largest) {
+  const int32_t rank = rank_of(x);
+  return (rank > rank_of(largest)) | (rank > 0x7c00);
+}
+
+template <class Element>
+PYFT_HOST_DEVICE void take_larger(Element x, int32_t place, Element& largest, int32_t& at) {
+  const bool take = is_larger(x, largest);
   largest = take ? x : largest;
   at = take ? place : at;
 }

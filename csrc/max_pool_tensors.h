@@ -1,6 +1,6 @@
 // Max pooling over two dimensions that keeps one byte for each output: what both devices check. Kernels: constructed
 // for the op's name, a tensor and the shape, it runs the op on the device of the tensor; kDevice names that device,
-// is_here() knows it.
+// is_here() knows it; k16Bits: whether it takes bf16 and fp16, too.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -50,15 +50,20 @@ inline PoolShape shape_of(int64_t in_height, int64_t in_width, int64_t out_heigh
 template <class Kernels>
 struct MaxPoolOps {
   static void check_image(const Tensor& x, const char* name) {
-    STD_TORCH_CHECK(x.dim() == 4 && Kernels::is_here(x) && x.scalar_type() == torch::headeronly::ScalarType::Float,
-                    name, " must be (N, C, H, W) float32 on ", Kernels::kDevice, " for the compiled core");
+    const std::optional<FloatFormat> format = float_format(view_of(x.get()).dtype);
+    STD_TORCH_CHECK(x.dim() == 4 && Kernels::is_here(x) && format && (*format == FloatFormat::fp32 || Kernels::k16Bits),
+                    name, " must be (N, C, H, W) float32 ", Kernels::k16Bits ? "or of 16 bits " : "", "on ",
+                    Kernels::kDevice, " for the compiled core");
   }
+
+  static FloatData floats(const Tensor& x) { return {x.data_ptr(), *float_format(view_of(x.get()).dtype)}; }
 
   // Whether channels are last in memory, for the input side of the pool and the output side.
   static bool channels_last(const Tensor& in, const Tensor& out, const char* in_name, const char* out_name) {
     check_image(in, in_name);
     check_image(out, out_name);
-    STD_TORCH_CHECK(together(in, out), in_name, " and ", out_name, " must be on one device");
+    STD_TORCH_CHECK(together(in, out) && in.scalar_type() == out.scalar_type(), in_name, " and ", out_name,
+                    " must be on one device and of one dtype");
     STD_TORCH_CHECK(in.size(0) == out.size(0) && in.size(1) == out.size(1), out_name, " must have the N and C of ",
                     in_name);
     const bool last = !lies_as(in, false);
@@ -75,8 +80,8 @@ struct MaxPoolOps {
     const PoolShape shape = shape_of(x.size(2), x.size(3), y.size(2), y.size(3), window);
     Tensor at = torch::stable::new_empty(y, {y.numel()}, torch::headeronly::ScalarType::Byte);
     Kernels("max_pool_offsets", x, shape)
-        .pool(static_cast<const float*>(x.data_ptr()), static_cast<float*>(y.mutable_data_ptr()),
-              static_cast<uint8_t*>(at.mutable_data_ptr()), images * (last ? 1 : channels), last ? channels : 1);
+        .pool(floats(x), y.mutable_data_ptr(), static_cast<uint8_t*>(at.mutable_data_ptr()),
+              images * (last ? 1 : channels), last ? channels : 1);
     return at;
   }
 
@@ -89,8 +94,8 @@ struct MaxPoolOps {
                     "at must be ", grad.numel(), " contiguous uint8 on the device of grad");
     const PoolShape shape = shape_of(dx.size(2), dx.size(3), grad.size(2), grad.size(3), window);
     Kernels("max_pool_backward_", grad, shape)
-        .backward(static_cast<const float*>(grad.data_ptr()), static_cast<const uint8_t*>(at.data_ptr()),
-                  static_cast<float*>(dx.mutable_data_ptr()), images * (last ? 1 : channels), last ? channels : 1);
+        .backward(floats(grad), static_cast<const uint8_t*>(at.data_ptr()), dx.mutable_data_ptr(),
+                  images * (last ? 1 : channels), last ? channels : 1);
   }
 
   template <class Library>

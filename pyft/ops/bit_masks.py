@@ -12,15 +12,17 @@ from pyft.ops.library import LIBRARY, define
 define("relu_bits(Tensor x) -> (Tensor, Tensor)")
 define("relu_bits_(Tensor(a!) x) -> Tensor")
 define("pack_bits(Tensor x, int test, float low=0.0, float high=0.0) -> Tensor")
+define("pack_bools(Tensor x) -> Tensor")
 define("mask_by_bits(Tensor x, Tensor bits, float off=0.0) -> Tensor")
 define("scale_by_bits(Tensor x, Tensor bits, float on) -> Tensor")
 define("affine_relu_bits(Tensor x, Tensor scale, Tensor shift) -> (Tensor, Tensor)")
 define("mask_channels(Tensor x, Tensor bits, Tensor scale) -> Tensor")
 
 # Tests of `pack_bits`, as in csrc/bit_masks_cpu.h.
-RELU, POSITIVE, INSIDE = 0, 1, 2
+RELU, POSITIVE, INSIDE, NOT_OUTSIDE = 0, 1, 2, 3
 _FP32_ONLY = (torch.float32,)
 _CORE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_BOOL_ONLY = (torch.bool,)
 
 
 def gap_free(x: Tensor) -> Tensor:
@@ -53,12 +55,19 @@ def unpack_bits(bits: Tensor, like: Tensor) -> Tensor:
 def _passes(x: Tensor, test: int, low: float, high: float) -> Tensor:
     if test == RELU:
         return ~(x <= 0)
-    return x > 0 if test == POSITIVE else (x > low) & (x < high)
+    if test == POSITIVE:
+        return x > 0
+    return (x > low) & (x < high) if test == INSIDE else ~((x <= low) | (x >= high))
 
 
 def pack_bits_reference(x: Tensor, test: int, low: float = 0.0, high: float = 0.0) -> Tensor:
     """The same as `pack_bits` in PyTorch, for any real dtype, device and gap-free layout."""
     return _pack(_passes(x, test, low, high))
+
+
+def pack_bools_reference(x: Tensor) -> Tensor:
+    """The same as `pack_bools` in PyTorch, for any device and gap-free layout."""
+    return _pack(x)
 
 
 def relu_bits_reference(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,6 +126,7 @@ for _name, _reference, _fake in (
     ("relu_bits", relu_bits_reference, _fake_pair),
     ("relu_bits_", relu_bits_reference_, _fake_bits),
     ("pack_bits", pack_bits_reference, _fake_bits),
+    ("pack_bools", pack_bools_reference, _fake_bits),
     ("mask_by_bits", mask_by_bits_reference, _fake_same),
     ("scale_by_bits", scale_by_bits_reference, _fake_same),
     ("affine_relu_bits", affine_relu_bits_reference, _fake_pair),
@@ -126,11 +136,11 @@ for _name, _reference, _fake in (
     torch.library.register_fake(f"pyft::{_name}", _fake, lib=LIBRARY)
 
 
-def _core(x: Tensor, fp32_only: bool = False) -> bool:
+def _core(x: Tensor, dtypes: tuple[torch.dtype, ...] = _CORE_DTYPES) -> bool:
     """Whether the compiled kernels take `x`, which has no gaps."""
     from pyft.core.loader import load_core_for
 
-    fits = x.layout == torch.strided and x.dtype in (_FP32_ONLY if fp32_only else _CORE_DTYPES)
+    fits = x.layout == torch.strided and x.dtype in dtypes
     return fits and (torch.compiler.is_compiling() or load_core_for(x.device.type) is not None)
 
 
@@ -173,9 +183,22 @@ def pack_bits(x: Tensor, test: int, low: float = 0.0, high: float = 0.0) -> Tens
 
     Args:
         x: any shape, real dtype and device, without gaps in memory (see `gap_free`).
-        test: RELU: not x <= 0; POSITIVE: x > 0; INSIDE: low < x < high. NaN passes the first only.
+        test: RELU: not x <= 0; POSITIVE: x > 0; INSIDE: low < x < high; NOT_OUTSIDE: neither x <= low nor x >= high.
+            NaN passes the first and the last.
     """
     return torch.ops.pyft.pack_bits(x, test, low, high) if _core(x) else pack_bits_reference(x, test, low, high)
+
+
+def pack_bools(x: Tensor) -> Tensor:
+    """One bit for each element of a bool tensor, packed as by `relu_bits`.
+
+    Args:
+        x: bool, any shape, without gaps in memory (see `gap_free`).
+
+    >>> pack_bools(torch.tensor([True, False, True]))
+    tensor([5], dtype=torch.uint8)
+    """
+    return torch.ops.pyft.pack_bools(x) if _core(x, _BOOL_ONLY) else pack_bools_reference(x)
 
 
 def mask_by_bits(x: Tensor, bits: Tensor, off: float = 0.0) -> Tensor:
@@ -204,7 +227,7 @@ def affine_relu_bits(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, T
         scale, shift: (C,), of the dtype of `x` or wider.
     """
     x = gap_free(x)
-    if _core(x, fp32_only=True) and channels_in_order(x):
+    if _core(x, _FP32_ONLY) and channels_in_order(x):
         return torch.ops.pyft.affine_relu_bits(x, scale, shift)
     return affine_relu_bits_reference(x, scale, shift)
 
@@ -216,7 +239,7 @@ def mask_channels(x: Tensor, bits: Tensor, scale: Tensor) -> Tensor:
         x: (N, C, ...), gap-free, in the memory order in which `bits` were packed.
         scale: (C,).
     """
-    if _core(x, fp32_only=True) and channels_in_order(x):
+    if _core(x, _FP32_ONLY) and channels_in_order(x):
         return torch.ops.pyft.mask_channels(x, bits, scale)
     return mask_channels_reference(x, bits, scale)
 

@@ -95,10 +95,16 @@ for _name, _reference, _fake in (
     torch.library.register_fake(f"pyft::{_name}", _fake, lib=LIBRARY)
 
 
+def fits_core(x: Tensor) -> bool:
+    """Whether the compiled kernels take the dtype of `x` on its device, if they are there."""
+    # torch adds up gradients of 16 bits in fp32 on CUDA, as the core does, and in 16 bits on the CPU.
+    return x.dtype == torch.float32 or (x.is_cuda and x.dtype in (torch.bfloat16, torch.float16))
+
+
 def _core(x: Tensor) -> bool:
     from pyft.core.loader import load_core_for
 
-    fits = x.dtype == torch.float32 and x.layout == torch.strided
+    fits = fits_core(x) and x.layout == torch.strided
     return fits and (torch.compiler.is_compiling() or load_core_for(x.device.type) is not None)
 
 

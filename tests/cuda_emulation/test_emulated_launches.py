@@ -54,6 +54,16 @@ def test_bytes_of_bit_masks(emulation, dtype: torch.dtype) -> None:
     assert moved(emulation, lambda: ops.scale_by_bits(x, bits, 2.0)) == (size * LENGTH + LENGTH // 8, size * LENGTH)
 
 
+def test_bytes_of_a_packed_mask(emulation) -> None:
+    mask = torch.rand(LENGTH) < 0.5
+    assert moved(emulation, lambda: ops.pack_bools(mask)) == (LENGTH, LENGTH // 8)
+    (kernel,) = emulation.traffic().values()
+    assert kernel.loads.wide == kernel.loads.accesses == LENGTH // 16
+    # Two bytes a lane, 64 a warp.
+    assert kernel.stores.warp_accesses == LENGTH // 512
+    assert kernel.loads.sector_efficiency == kernel.stores.sector_efficiency == 1.0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_elements_move_in_vectors_and_sectors_are_whole(emulation, dtype: torch.dtype) -> None:
     x = aligned(LENGTH, dtype=dtype)
@@ -146,7 +156,14 @@ def results() -> list[Tensor]:
     x = torch.randn(3, 5, 67, 19, generator=generator)
     scale, shift = torch.randn(5, generator=generator), torch.randn(5, generator=generator)
     y, bits = ops.affine_relu_bits(x, scale, shift)
-    found = [y, bits, *ops.relu_bits(x.bfloat16()), ops.mask_channels(x, bits, scale), ops.scale_by_bits(x, bits, 0.5)]
+    found = [
+        y,
+        bits,
+        ops.pack_bools(x > 0),
+        *ops.relu_bits(x.bfloat16()),
+        ops.mask_channels(x, bits, scale),
+        ops.scale_by_bits(x, bits, 0.5),
+    ]
     for image in (x, x.contiguous(memory_format=torch.channels_last)):
         pooled, at = max_pool_offsets(image, WINDOW)
         last = not image.is_contiguous()
@@ -183,6 +200,7 @@ def test_odd_places_give_the_same_bits(emulation, offset: int) -> None:
         ("relu_bits", lambda x, bits: ops.relu_bits(x)),
         ("relu_bits_", lambda x, bits: ops.relu_bits_(x)),
         ("pack_bits", lambda x, bits: ops.pack_bits(x, ops.RELU)),
+        ("pack_bools", lambda x, bits: ops.pack_bools(x > 0)),
         ("mask_by_bits", lambda x, bits: ops.mask_by_bits(x, bits)),
         ("scale_by_bits", lambda x, bits: ops.scale_by_bits(x, bits, 2.0)),
         ("affine_relu_bits", lambda x, bits: ops.affine_relu_bits(x, torch.ones(2), torch.ones(2))),
@@ -206,5 +224,5 @@ def test_nothing_waits_or_copies(emulation) -> None:
     results()
     counters = emulation.counters()
     # Sums of chosen channels and columns take a launch, and two where there are many slabs.
-    assert counters["launches"] == 8 + 2 + 2 + 2
+    assert counters["launches"] == 9 + 2 + 2 + 2
     assert not any(counters[name] for name in ("synchronisations", "copies", "fills", "allocations"))

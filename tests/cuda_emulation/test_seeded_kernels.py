@@ -19,7 +19,7 @@ FOLDER = Path(__file__).resolve().parent
 CSRC = FOLDER.parents[1] / "csrc"
 FLAGS = ("-std=c++20", "-O1", "-w", "-ffp-contract=off", "-DPYFT_CUDA_EMULATION", f"-I{FOLDER}")
 ORDERS = (("ascending",), ("descending",), ("random", "1"))
-DRIVERS = ("update", "decision", "grad_norm", "row_norms", "masked_rows")
+DRIVERS = ("update", "decision", "grad_norm", "row_norms", "masked_rows", "bit_masks", "max_pool")
 pytestmark = pytest.mark.build
 
 
@@ -52,6 +52,8 @@ TAIL = "left < kFour ? static_cast<int>(left) : kFour"
 ALIGNED = "reinterpret_cast<uintptr_t>(place) % (kFour * bytes) == 0"
 UPDATE, DECISION, NORM = "update_cuda.cu", "step_decision_cuda.cu", "grad_norm_cuda.cu"
 MASKED = "masked_rows_cuda.cu"
+BITS, BITS_MATH = "bit_masks_cuda.cu", "bit_masks_math.h"
+POOL, POOL_MATH = "max_pool_cuda.cu", "max_pool_math.h"
 ROWS, SUMS, FOUR = "row_norms_cuda.cu", "block_sums_cuda.h", "four_elements_cuda.h"
 
 BUGS: dict[str, dict[str, Bug]] = {
@@ -201,6 +203,110 @@ BUGS: dict[str, dict[str, Bug]] = {
         "the tail is a whole vector": Bug(ROWS, "begin + i, ", TAIL, "kFour", "wrong"),
         "lanes of other warps write the row": Bug(ROWS, "if (", "lane == 0", "lane < 2", "race|wrong"),
         "vectors begin at any element": Bug(FOUR, "count == kFour && ", ALIGNED, "true", "misaligned"),
+    },
+    "bit_masks": {
+        "a tile that is begun is packed whole": Bug(
+            BITS,
+            "Element* y, uint8_t* bits, int64_t length, bool aligned, Rule rule) {\n"
+            "  constexpr int kLength = kVectorLength<Element>;\n  const int lane = lane_of_thread();\n"
+            "  for_each_tile<Element>(length, [&](int64_t first) {\n    if (aligned && ",
+            "first + kTile<Element> <= length",
+            "first + kTile<Element> <= length + 4",
+            "wrong|race",
+        ),
+        "warps take each other's tiles": Bug(
+            BITS,
+            "step = ",
+            "static_cast<int64_t>(gridDim.x) * kWarps * kTile<Element>",
+            "kWarps * kTile<Element>",
+            "race: .* global memory",
+        ),
+        "lanes of fp32 keep the half that they should give": Bug(
+            BITS, "taken = ", "__shfl_xor_sync(kAllLanes, given, 1)", "given", "wrong: bits"
+        ),
+        "lanes of fp32 read the half of the other": Bug(
+            BITS, "parts[j] = odd ? ", "other >> 4", "other & 15u", "wrong: y"
+        ),
+        "two bytes of bits are written at an odd place": Bug(
+            BITS,
+            "even = kVectorLength<Element> <= 8 || ",
+            "reinterpret_cast<uintptr_t>(bits) % 2 == 0",
+            "true",
+            "misaligned",
+        ),
+        "x is read in vectors wherever it begins": Bug(
+            BITS, "length, even && ", "vector_aligned(x, y)", "true", "misaligned"
+        ),
+        "lanes without an element leave before the ballot": Bug(
+            BITS,
+            "words[j] = ",
+            "__ballot_sync(kAllLanes, bit)",
+            "(i < end ? __ballot_sync(kAllLanes, bit) : 0u)",
+            "lane",
+        ),
+        "the last byte is written only if it is full": Bug(
+            BITS, "lane < 4 * kLoads && ", "begin + 8 * lane < end", "begin + 8 * lane + 8 <= end", "wrong: bits"
+        ),
+        "bits of the end are those of another byte": Bug(
+            BITS, "bytes[j] = ", "load(bits + i / 8)", "load(bits + i / 9)", "wrong"
+        ),
+        "only a byte of 1 is true": Bug(
+            BITS_MATH, "set = ", "(((word & 0x7f7f7f7fu) + 0x7f7f7f7fu) | word) >> 7", "word", "wrong: bits"
+        ),
+        "bytes of a word are in the reverse order": Bug(
+            BITS_MATH, "return ", "(set * 0x01020408u) >> 24", "(set * 0x08040201u) >> 24", "wrong: bits"
+        ),
+        "a channel ends one element late": Bug(BITS, "other = ", "left == 0", "left == 1", "wrong"),
+        "the scale of the first channel serves the vector": Bug(
+            BITS, "float next(float x, bool& bit) {\n      if (", "place.step()", "false", "wrong: y"
+        ),
+    },
+    "max_pool": {
+        "the last of equal values wins": Bug(
+            POOL_MATH, "return (", "value > to_fp32(largest)", "value >= to_fp32(largest)", "wrong: at"
+        ),
+        "NaN is passed over": Bug(POOL_MATH, "to_fp32(largest)) | (", "value != value", "false", "wrong: y"),
+        "a row below the image is read": Bug(
+            POOL, "if (row >= 0 && ", "row < w.height.in", "row <= w.height.in", "wrong: (y|at|dx)"
+        ),
+        "the first place of a window may lie outside": Bug(
+            POOL,
+            "largest(",
+            "w.height.first(place.row) * w.width.kernel + w.width.first(place.column)",
+            "0",
+            "wrong: at",
+        ),
+        "threads take the channels of their neighbours": Bug(
+            POOL, "image = x + place.part * plane + ", "place.group * kLength", "place.group", "wrong|misaligned"
+        ),
+        "vectors begin at any element": Bug(
+            POOL, "channels % kTogether<Element> == 0 && ", "vector_aligned(one, other)", "true", "misaligned"
+        ),
+        "vectors of more channels than there are": Bug(
+            POOL,
+            "return ",
+            "channels % kTogether<Element> == 0",
+            "channels % (kTogether<Element> / 2) == 0",
+            "misaligned|wrong",
+        ),
+        "the last window over a row is left out": Bug(
+            POOL,
+            "backward_last_kernel(const Element* grad, const uint8_t* at, Element* dx, int64_t channels, Windows w, "
+            "Grid grid) {\n  const auto by_height = [&](int32_t n) { return ",
+            "w.height_stride.quotient(n)",
+            "w.height_stride.quotient(n > 2 ? n - 2 : n)",
+            "wrong: dx",
+        ),
+        "windows beyond the last one are looked at": Bug(
+            POOL_MATH, "return ", "last < out ? last : out - 1", "last", "wrong"
+        ),
+        "the end of a row is written whole": Bug(POOL, "if (", "c < count", "true", "wrong|race"),
+        "rows of any length end with a vector": Bug(
+            POOL, "aligned = ", "w.width.in % kQuad == 0", "true", "misaligned|wrong|race"
+        ),
+        "sums are cut off to 16 bits and not rounded": Bug(
+            "float_formats.h", "size + ", "0x7fffu + ((bits >> 16) & 1u)", "0u", "wrong: dx"
+        ),
     },
 }
 

@@ -14,7 +14,7 @@ from lean_models import frozen, kept, results, same, with_lean
 from torch import nn
 
 import pyft
-from pyft.freezing.lean import is_lean
+from pyft.freezing.lean import bit_gradients, is_lean
 
 
 def last(x: torch.Tensor) -> torch.Tensor:
@@ -134,6 +134,19 @@ def test_frozen_batch_norm_keeps_a_scale(cls: type[nn.Module], shape: tuple[int,
     assert kept(twin, x, twin) == 3 * 4
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gradient_of_frozen_batch_norm_in_16_bits_is_rounded_once(dtype: torch.dtype) -> None:
+    layer, x = frozen(nn.BatchNorm2d(3)), torch.randn(5, 3, 4, 4).to(dtype)
+    twin, scale = with_lean(layer), layer.weight / (layer.running_var + layer.eps).sqrt()
+    for image in (x, last(x)):
+        y, dx = results(twin, image)
+        assert torch.equal(y, layer(image))
+        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(y.numel())).to(dtype)
+        want = grad.double() * scale.double().view(1, 3, 1, 1)
+        assert dx.dtype == dtype
+        assert ((dx.double() - want).abs() <= want.abs() * torch.finfo(dtype).eps * 0.501 + 1e-7).all()
+
+
 def test_batch_norm_in_training_mode_without_statistics_or_with_a_weight_that_trains_is_torchs() -> None:
     x = torch.randn(5, 3, 4, 4)
     layer = frozen(nn.BatchNorm2d(3))
@@ -228,6 +241,17 @@ def test_relu_lets_the_gradient_through_at_nan_as_torch_does() -> None:
     assert same(results(with_lean(nn.ReLU()), x), results(nn.ReLU(), x))
 
 
+def test_nested_and_sparse_tensors_are_torchs() -> None:
+    parts = [torch.randn(2, 3), torch.randn(4, 3)]
+    for layer in (nn.ReLU(), nn.Dropout(0.5).train()):
+        twin = with_lean(layer).train()
+        nested = torch.nested.nested_tensor(parts, requires_grad=True)
+        torch.manual_seed(0)
+        ours = twin(nested).unbind()
+        torch.manual_seed(0)
+        assert all(torch.equal(a, b) for a, b in zip(ours, layer(nested).unbind(), strict=True))
+
+
 def test_gradients_of_any_layout() -> None:
     x = torch.randn(4, 6, 8, 8)
     for after in (
@@ -288,6 +312,82 @@ def test_dropout_draws_what_torch_draws(p: float, dtype: torch.dtype) -> None:
     if 0.0 < p < 1.0:
         assert kept(twin, x, twin) == math.ceil(x.numel() / 8)
     assert same(results(twin.eval(), x), results(nn.Identity(), x))
+
+
+@pytest.fixture
+def fused_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout as on CUDA: torch's `native_dropout`, which the CPU has too, gives a bool mask."""
+    monkeypatch.setattr(bit_gradients, "has_fused_dropout", lambda x: True)
+
+
+class FusedDropout(nn.Module):
+    """torch's dropout as it is on CUDA."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.native_dropout(x, self.p, True)[0] if x.numel() else x * 1.0
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.93])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_dropout_with_a_bool_mask_keeps_its_bits(fused_dropout: None, p: float, dtype: torch.dtype) -> None:
+    layer, twin = FusedDropout(p), with_lean(nn.Dropout(p)).train()
+    x = torch.randn(33, 8, 5, 7).to(dtype)
+    x[0] = math.inf
+    x[1] = -math.nan
+    for take in (lambda x: x, last, lambda x: x.transpose(0, 2), lambda x: x[:, ::2], lambda x: x[:0]):
+        ours = results(lambda x, t=take: twin(t(x)), x)
+        after = torch.rand(3)
+        assert same(ours, results(lambda x, t=take: layer(t(x)), x))
+        assert torch.equal(after, torch.rand(3))
+        # Where nothing is kept, the gradient is a zero with the sign that torch gives it.
+        assert torch.equal(ours[1].signbit(), results(lambda x, t=take: layer(t(x)), x)[1].signbit())
+    assert kept(layer, x, layer) == x.numel()
+    assert kept(twin, x, twin) == math.ceil(x.numel() / 8)
+
+
+def test_dropout_with_a_bool_mask_has_a_second_derivative(fused_dropout: None) -> None:
+    x = torch.randn(4, 9, dtype=torch.float64)
+
+    def penalty(module: nn.Module) -> torch.Tensor:
+        leaf = x.clone().requires_grad_()
+        torch.manual_seed(0)
+        (dx,) = torch.autograd.grad(module(leaf).pow(3).sum(), leaf, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), leaf)[0]
+
+    torch.testing.assert_close(penalty(with_lean(nn.Dropout(0.4)).train()), penalty(FusedDropout(0.4)))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dropout_on_a_gpu_is_torchs_in_a_graph_too(core, dtype: torch.dtype) -> None:
+    layer = nn.Dropout(0.3).train()
+    twin, x = with_lean(layer).train(), torch.randn(33, 8, 5, 7, device="cuda").to(dtype)
+    for take in (lambda x: x, last, lambda x: x[:, ::2], lambda x: x.flatten()[1:]):
+        ours, theirs = (results(lambda x, m=m, t=take: m(t(x)), x) for m in (twin, layer))
+        assert same(ours, theirs)
+    assert kept(twin, x, twin) == math.ceil(x.numel() / 8)
+    found = []
+    for module in (twin, layer):
+        leaf = x.clone().requires_grad_()
+        graph = torch.cuda.CUDAGraph()
+        module(leaf * 1.0).sum().backward()
+        leaf.grad = None
+        torch.cuda.manual_seed(5)
+        with torch.cuda.graph(graph):
+            y = module(leaf * 1.0)
+            (dx,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
+        replays = []
+        for _ in range(2):
+            graph.replay()
+            replays += [y.detach().clone(), dx.clone()]
+        found.append(replays)
+    assert same(found[0], found[1])
+    assert not torch.equal(found[0][0], found[0][2])
 
 
 # Pooling
@@ -368,6 +468,25 @@ def test_functional_relu_and_saved_bytes_count_a_storage_once() -> None:
     assert pyft.saved_bytes(lambda: F.relu(x * 1.0)) == 400
     assert pyft.saved_bytes(lambda: [F.relu(y := x * 1.0), y[::2].exp(), y.sin()]) == 400 + 400 + 200
     assert pyft.saved_bytes(lambda: x.detach().exp()) == 0
+
+
+def test_rms_norm_is_torchs_where_cuda_has_one_kernel_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from pyft.freezing.lean.norms import has_one_rms_norm
+
+    def on_cuda(contiguous: bool = True) -> Any:
+        return SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, is_contiguous=lambda: contiguous)
+
+    same_dtype = torch.ones(4, dtype=torch.bfloat16)
+    assert has_one_rms_norm(on_cuda(), same_dtype)
+    assert has_one_rms_norm(on_cuda(), None)
+    # Each of these makes torch take the way of several steps, which keep fp32.
+    assert not has_one_rms_norm(on_cuda(), torch.ones(4))
+    assert not has_one_rms_norm(on_cuda(contiguous=False), same_dtype)
+    assert not has_one_rms_norm(torch.ones(4, dtype=torch.bfloat16), same_dtype)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+    assert not has_one_rms_norm(on_cuda(), same_dtype)
 
 
 def test_bits_are_kept_where_kernels_make_them_cheap(monkeypatch: pytest.MonkeyPatch) -> None:

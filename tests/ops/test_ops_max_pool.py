@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pyft.ops import max_pool
 from pyft.ops.max_pool import max_pool_backward, max_pool_offsets
 
 
@@ -94,6 +95,48 @@ def test_bad_calls_are_refused_and_foreign_offsets_write_nowhere_else(core) -> N
     assert (whole[26:] == 77).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", [(3, 3, 2, 2, 1, 1, 1, 1), (2, 2, 2, 2, 0, 0, 1, 1), (3, 5, 1, 2, 1, 2, 2, 1)])
+@pytest.mark.parametrize("channels", [1, 3, 8, 16])
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_16_bits_on_cuda_kernels(
+    emulation, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, window: tuple[int, ...], channels: int,
+    format: torch.memory_format,
+) -> None:  # fmt: skip
+    """torch's on CUDA adds up in fp32 and rounds once, so torch's of fp32 is what to compare with."""
+    if emulation is None:
+        pytest.skip("needs --cuda-emulation=ORDER: the CPU's kernels take fp32 alone")
+    monkeypatch.setattr(max_pool, "fits_core", lambda x: True)
+    x = (torch.randint(-40, 40, (2, channels, 15, 14)) / 8).contiguous(memory_format=format)
+    x[0, 0, 3:6, 3:6] = math.nan
+    x[1, 0, :5, :5] = -math.inf
+    leaf = x.clone().requires_grad_()
+    want = F.max_pool2d(leaf, window[:2], window[2:4], window[4:6], window[6:])
+    grad = torch.empty_like(want).copy_(torch.randn(want.shape)).to(dtype)
+    (want_dx,) = torch.autograd.grad(want, leaf, grad.float())
+    before = emulation.counters()["launches"]
+    y, at = max_pool_offsets(x.to(dtype), window)
+    dx = max_pool_backward(grad, at, x.shape, window, not y.is_contiguous())
+    assert emulation.counters()["launches"] == before + 2
+    assert y.dtype == dx.dtype == dtype
+    assert torch.allclose(y.float(), want, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(dx, want_dx.to(dtype))
+
+
+def test_16_bits_on_the_cpu_are_torchs(core, emulation) -> None:
+    """There torch rounds each sum to 16 bits: the kernels refuse, and the reference serves."""
+    x = torch.randint(-40, 40, (2, 3, 15, 14)).bfloat16()
+    check(x, (3, 3, 2, 2, 1, 1, 1, 1), False)
+    if emulation is None:
+        with pytest.raises(RuntimeError, match=r"x must be .* float32 on the CPU"):
+            torch.ops.pyft.max_pool_offsets(x, torch.empty(2, 3, 7, 7), [3, 3, 2, 2, 0, 0, 1, 1])
+    with pytest.raises(RuntimeError, match=r"dx must be .* float32 on the CPU|of one dtype"):
+        torch.ops.pyft.max_pool_backward_(
+            torch.ones(1, 1, 2, 2), torch.zeros(4, dtype=torch.uint8), torch.ones(1, 1, 4, 4).bfloat16(),
+            [2, 2, 2, 2, 0, 0, 1, 1],
+        )  # fmt: skip
+
+
 def test_opcheck(backend: str) -> None:
     x, y, window = torch.randn(2, 3, 6, 6), torch.empty(2, 3, 3, 3), [2, 2, 2, 2, 0, 0, 1, 1]
     torch.library.opcheck(torch.ops.pyft.max_pool_offsets.default, (x, y, window))
@@ -120,3 +163,10 @@ def test_a_gpu_gives_the_bits_of_the_cpu(
     grad = torch.empty_like(y).copy_(torch.randn(y.shape))
     dx = max_pool_backward(grad, at, x.shape, window, last)
     assert torch.equal(max_pool_backward(grad.cuda(), got_at, x.shape, window, last).cpu(), dx)
+    for dtype in (torch.bfloat16, torch.float16):
+        leaf = x.cuda().to(dtype).requires_grad_()
+        want = F.max_pool2d(leaf, window[:2], window[2:4], window[4:6], window[6:])
+        (want_dx,) = torch.autograd.grad(want, leaf, grad.cuda().to(dtype))
+        got, got_at = max_pool_offsets(leaf.detach(), window)
+        assert torch.equal(got, want)
+        assert torch.equal(max_pool_backward(grad.cuda().to(dtype), got_at, x.shape, window, last), want_dx)

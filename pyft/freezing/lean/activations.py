@@ -13,7 +13,17 @@ from torch.autograd import Function
 from pyft.freezing.lean.bit_gradients import gradient_by_bits, keep_bits
 from pyft.freezing.lean.conditions import acts_on, has_kernels, refuse_second, same_autocast
 from pyft.freezing.lean.linear import Producer, producer_of
-from pyft.ops.bit_masks import INSIDE, POSITIVE, RELU, gap_free, mask_by_bits, pack_bits, relu_bits, relu_bits_
+from pyft.ops.bit_masks import (
+    INSIDE,
+    NOT_OUTSIDE,
+    POSITIVE,
+    RELU,
+    gap_free,
+    mask_by_bits,
+    pack_bits,
+    relu_bits,
+    relu_bits_,
+)
 
 
 class _Relu(Function):
@@ -76,7 +86,9 @@ class _LeanClamp(nn.Hardtanh):
     def forward(self, input: Tensor) -> Tensor:
         if not _takes_bits(input):
             return super().forward(input)
-        return _Piecewise.apply(input, super().forward, self.inplace, INSIDE, self.min_val, self.max_val, 0.0)
+        # At NaN torch stops the gradient on the CPU, but in the ends of its vectors, and lets it through on CUDA.
+        test = NOT_OUTSIDE if input.is_cuda else INSIDE
+        return _Piecewise.apply(input, super().forward, self.inplace, test, self.min_val, self.max_val, 0.0)
 
 
 class LeanHardtanh(_LeanClamp):

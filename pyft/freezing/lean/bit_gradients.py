@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from pyft.freezing.lean.conditions import laid_out_as
-from pyft.ops.bit_masks import POSITIVE, gap_free, pack_bits, scale_by_bits
+from pyft.ops.bit_masks import POSITIVE, gap_free, pack_bits, pack_bools, scale_by_bits
 
 # (grad, bits, *numbers or per-channel values) -> gradient, linear in grad and its own adjoint.
 ByBits = Callable[..., Tensor]
@@ -44,14 +44,25 @@ def gradient_by_bits(ctx: Any, grad: Tensor, apply: ByBits, *rest: Any) -> Tenso
     return apply(grad, bits, *rest)
 
 
-def keep_draws(x: Tensor, p: float) -> tuple[Tensor, float]:
-    """Dropout's draws for `x`, as bits in the order of `empty_like(x)`, and what is kept is multiplied by.
+def has_fused_dropout(x: Tensor) -> bool:
+    """Whether torch's dropout of `x` is the operation `native_dropout`, which makes a bool mask, as on CUDA."""
+    return x.is_cuda
 
-    The same draws from the same generator as in torch, which draws as many numbers of the dtype of `x`.
+
+def drop(x: Tensor, p: float) -> tuple[Tensor, Tensor, float]:
+    """Dropout of `x`: the output, its draws as bits, and what is kept is multiplied by.
+
+    The same draws from the same generator as in torch. The bits are in the order of the memory of the output, made
+    gap-free, which is that of `empty_like(x)`.
     """
+    if has_fused_dropout(x):
+        # Its draws depend on the grid that torch chooses, and under a CUDA graph on state that only torch can read.
+        y, mask = torch.native_dropout(x, p, True)
+        return y, pack_bools(laid_out_as(mask, gap_free(y).stride())), 1.0 / (1.0 - p)
+    # Elsewhere torch draws as many numbers of the dtype of x, divides its mask by this, and rounds.
     bits = pack_bits(torch.empty_like(x).bernoulli_(1 - p), POSITIVE)
-    # torch divides its mask by this, and rounds.
-    return bits, torch.ones((), dtype=x.dtype).div_(1 - p).item()
+    on = torch.ones((), dtype=x.dtype).div_(1 - p).item()
+    return dropped(x, bits, on), bits, on
 
 
 def dropped(x: Tensor, bits: Tensor, on: float) -> Tensor:

@@ -10,38 +10,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
 from pyft.freezing.lean.activations import lean_relu
-from pyft.freezing.lean.bit_gradients import dropped, keep_draws
-from pyft.freezing.lean.conditions import acts_on, refuse_second
+from pyft.freezing.lean.bit_gradients import drop, dropped
+from pyft.freezing.lean.conditions import acts_on, as_autocast, has_kernels, is_eager, refuse_second
 from pyft.freezing.lean.dropout import lean_dropout
 from pyft.freezing.lean.pooling import LeanMaxPool2d
 
 
-def _scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _widened(x: Tensor) -> Tensor:
+    """`x` in the dtype in which torch's math does its products: fp32 for 16 bits, unless the user allowed those."""
+    wide = x.element_size() == 2 and not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    return x.float() if wide else x
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """torch's autocast casts what is given to attention, and nothing inside of it."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Attention weights (..., T, S) before dropout, by the steps of torch's `_scaled_dot_product_attention_math`."""
-    root = math.sqrt(scale)
-    scores = (q * root).matmul(k.transpose(-2, -1) * root)
-    if mask is None:
-        return scores.softmax(-1)
+    root = math.sqrt(abs(scale))
+    scores = (_widened(q) * math.copysign(root, scale)).matmul(_widened(k).transpose(-2, -1) * root)
     # A row without any allowed place gives zeros, not NaN.
-    return torch._safe_softmax(scores + mask, -1)
+    return torch._safe_softmax(scores if mask is None else scores.add_(mask), -1)
 
 
 class _AttentionWithDropout(Function):
     """softmax(q k^T) with dropout, times v. Keeps q, k, v and one bit for each weight; the weights are computed again.
 
-    torch keeps three matrices of the size of the weights where there is dropout.
+    torch's math keeps three matrices of the size of the weights where there is dropout: two and a mask.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, scale: float) -> Tensor:
-        weights = _scores(q, k, mask, scale)
-        bits, ctx.on = keep_draws(weights, p)
+        with _no_autocast(q):
+            kept, bits, ctx.on = drop(_weights(q, k, mask, scale), p)
+            y = kept.matmul(_widened(v)).to(q.dtype)
         ctx.save_for_backward(q, k, v, bits, *([] if mask is None else [mask]))
         ctx.scale = scale
-        return dropped(weights, bits, ctx.on).matmul(v)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -50,14 +61,16 @@ class _AttentionWithDropout(Function):
         need_q, need_k, need_v = ctx.needs_input_grad[:3]
         bias = mask[0] if mask else None
         dq = dk = dv = None
-        with torch.enable_grad():
-            q, k = q.detach().requires_grad_(), k.detach().requires_grad_()
-            weights = _scores(q, k, bias, ctx.scale)
-        if need_v:
-            dv = dropped(weights.detach(), bits, ctx.on).transpose(-2, -1).matmul(grad)
-        if need_q or need_k:
-            dweights = dropped(grad.matmul(v.transpose(-2, -1)), bits, ctx.on)
-            dq, dk = torch.autograd.grad(weights, [q, k], dweights)
+        with _no_autocast(q):
+            with torch.enable_grad():
+                q, k = q.detach().requires_grad_(), k.detach().requires_grad_()
+                weights = _weights(q, k, bias, ctx.scale)
+            grad = grad.to(weights.dtype)
+            if need_v:
+                dv = dropped(weights.detach(), bits, ctx.on).transpose(-2, -1).matmul(grad).to(v.dtype)
+            if need_q or need_k:
+                dweights = dropped(grad.matmul(_widened(v).transpose(-2, -1)), bits, ctx.on)
+                dq, dk = torch.autograd.grad(weights, [q, k], dweights)
         return dq, dk, dv, None, None, None
 
 
@@ -65,27 +78,48 @@ def _attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    tensors = (query, key, value)
-    own = (
-        not 0.0 < dropout_p < 1.0
-        or enable_gqa
-        or not any(acts_on(t, attn_mask) for t in tensors)
-        or not all(t.is_cpu and t.dtype == torch.float32 and t.ndim == query.ndim for t in tensors)
-        or torch.is_autocast_enabled("cpu")
-        or not query.numel()
-        or not key.numel()
-        or any(t.shape[:-2] != query.shape[:-2] for t in tensors)
-    )
-    if own or (is_causal and attn_mask is not None):
+    def own() -> Tensor:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+
+    tensors = (query, key, value)
+    takes_bits = (
+        0.0 < dropout_p < 1.0
+        and not enable_gqa
+        and not (is_causal and attn_mask is not None)
+        and any(acts_on(t, attn_mask) for t in tensors)
+        and all(_has_heads_of(query, t) for t in tensors)
+        and has_kernels(query)
+    )
+    if not takes_bits:
+        return own()
+    q, k, v = map(as_autocast, tensors)
+    mask = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else as_autocast(attn_mask)
+    # torch's other kernels keep neither weights nor a mask; what torch refuses, torch shall refuse.
+    choice = torch._fused_sdp_choice(q, k, v, mask, dropout_p, is_causal, scale=scale)
+    fits = q.dtype == k.dtype == v.dtype and (mask is None or mask.dtype in (torch.bool, q.dtype))
+    if choice != SDPBackend.MATH.value or not fits:
+        return own()
     if is_causal:
-        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), -math.inf)
-    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-    return _AttentionWithDropout.apply(query, key, value, attn_mask, dropout_p, scale)
+        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask.logical_not(), -math.inf)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    return _AttentionWithDropout.apply(q, k, v, mask, dropout_p, scale)
+
+
+def _has_heads_of(query: Tensor, x: Tensor) -> bool:
+    """Whether `x`, a query, key or value, is a plain tensor that is not repeated over heads or batches of `query`."""
+    return (
+        is_eager(x)
+        and x.layout == torch.strided
+        and x.is_floating_point()
+        and x.device == query.device
+        and x.numel() > 0
+        and x.ndim >= 2
+        and x.shape[:-2] == query.shape[:-2]
+    )
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

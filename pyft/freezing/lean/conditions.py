@@ -27,6 +27,7 @@ def is_eager(x: object) -> bool:
     """Whether `x` is a plain tensor and nothing traces or transforms what is done with it."""
     return (
         type(x) in (Tensor, nn.Parameter)
+        and not x.is_nested  # type: ignore[attr-defined]
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and torch._C._functorch.peek_interpreter_stack() is None

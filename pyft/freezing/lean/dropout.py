@@ -1,15 +1,16 @@
-"""Dropout that keeps one bit for each element, where torch keeps a mask of the input's dtype on the CPU."""
+"""Dropout that keeps one bit for each element. torch keeps a mask: bool on CUDA, elsewhere of its input's dtype."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from pyft.freezing.lean.bit_gradients import dropped, gradient_by_bits, keep_bits, keep_draws
-from pyft.freezing.lean.conditions import acts_on
+from pyft.freezing.lean.bit_gradients import drop, gradient_by_bits, keep_bits
+from pyft.freezing.lean.conditions import acts_on, has_kernels
 from pyft.ops.bit_masks import scale_by_bits
 
 
@@ -18,8 +19,7 @@ class _Dropout(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        bits, ctx.on = keep_draws(x, p)
-        y = dropped(x, bits, ctx.on)
+        y, bits, ctx.on = drop(x, p)
         keep_bits(ctx, y, bits)
         return y
 
@@ -30,9 +30,8 @@ class _Dropout(Function):
 
 def lean_dropout(x: Tensor, p: float) -> Tensor:
     """`torch.nn.functional.dropout` in training mode, with one bit kept for each element."""
-    if not 0.0 < p < 1.0 or not acts_on(x) or not x.is_cpu or not x.is_floating_point():
-        return F.dropout(x, p, True)
-    return _Dropout.apply(x, p)
+    takes_bits = 0.0 < p < 1.0 and acts_on(x) and x.is_floating_point() and x.layout == torch.strided
+    return _Dropout.apply(x, p) if takes_bits and x.numel() and has_kernels(x) else F.dropout(x, p, True)
 
 
 class LeanDropout(nn.Dropout):

@@ -2,7 +2,7 @@
 
 BatchNorm in eval mode is a scale and a shift for each channel: its gradient needs the scale alone. torch's LayerNorm
 and GroupNorm keep their input once, with mean and deviation, and compute no gradient of a frozen weight: there is
-nothing to take away. RMSNorm in a 16-bit dtype keeps its input in fp32.
+nothing to take away. RMSNorm in a 16-bit dtype keeps its input in fp32, but where CUDA has one kernel for it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,11 @@ class _FrozenBatchNorm(Function):
         db = None
         if ctx.needs_input_grad[1]:
             db = grad.sum([0, *range(2, grad.ndim)], dtype=ctx.bias_dtype)
-        return (grad * _per_channel(scale, grad)).to(grad.dtype), db, None
+        scale = _per_channel(scale, grad)
+        if torch.is_grad_enabled() or grad.dtype == scale.dtype:
+            return (grad * scale).to(grad.dtype), db, None
+        # The same roundings, without a product in the wider dtype that is written and read again.
+        return torch.mul(grad, scale, out=torch.empty_like(grad)), db, None
 
 
 class _FrozenBatchNormRelu(Function):
@@ -98,11 +102,17 @@ class LeanBatchNorm3d(_LeanBatchNorm, nn.BatchNorm3d):
     """`nn.BatchNorm3d` that in eval mode keeps a scale for each channel while its weight is frozen."""
 
 
+def has_one_rms_norm(x: Tensor, weight: Tensor | None) -> bool:
+    """Whether torch norms `x` by one kernel, which keeps `x` as it is: on CUDA, in one dtype, without autocast."""
+    fits = x.is_contiguous() and (weight is None or weight.dtype == x.dtype)
+    return x.is_cuda and fits and not torch.is_autocast_enabled("cuda")
+
+
 class LeanRMSNorm(nn.RMSNorm):
     """`nn.RMSNorm` that in a 16-bit dtype keeps its input as it is, and no copy of it in fp32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not acts_on(x, self.weight) or x.element_size() != 2:
+        if not acts_on(x, self.weight) or x.element_size() != 2 or has_one_rms_norm(x, self.weight):
             return super().forward(x)
         return computed_again(x, super().forward)
 

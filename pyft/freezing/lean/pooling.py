@@ -12,7 +12,7 @@ from torch.nn.modules.utils import _pair, _single
 
 from pyft.core.loader import load_core
 from pyft.freezing.lean.conditions import acts_on, has_kernels, is_eager, refuse_second, stand_in
-from pyft.ops.max_pool import MOST_PLACES, max_pool_backward, max_pool_offsets, pooled_size
+from pyft.ops.max_pool import MOST_PLACES, fits_core, max_pool_backward, max_pool_offsets, pooled_size
 
 
 class _MaxPool(Function):
@@ -43,7 +43,7 @@ def _window(pool: nn.MaxPool1d | nn.MaxPool2d, axes: int) -> tuple[int, ...]:
 
 def _lean_max_pool(pool: nn.MaxPool1d | nn.MaxPool2d, x: Tensor, axes: int) -> Tensor | None:
     """The pooled x (C, ...) or (N, C, ...); None where torch must do it."""
-    if not is_eager(x) or pool.return_indices or x.dtype != torch.float32 or not x.numel():
+    if not is_eager(x) or pool.return_indices or not fits_core(x) or not x.numel():
         return None
     keeps = acts_on(x)
     if keeps and not has_kernels(x):

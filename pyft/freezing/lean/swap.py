@@ -52,7 +52,8 @@ def lean(model: nn.Module, *, activations: Activations = "keep") -> LeanForms:
     bit for each element (ReLU, ReLU6, Hardtanh, LeakyReLU, Dropout) or one byte for each output (max pooling). Modules
     are swapped by their exact class; a layer with a weight only while that is frozen, its bias may train. Where nothing
     is kept anyway (no gradient, torch.compile, export, jit tracing, functorch) the module is torch's own. Bits and
-    bytes are for CPU tensors; elsewhere those modules stay torch's own.
+    bytes are for CPU tensors, and for CUDA tensors where the CUDA core is there; elsewhere those modules stay torch's
+    own.
 
     A second call starts anew. Copies and pickles carry their forms with them: `lean(copy).release()` releases a copy.
 
