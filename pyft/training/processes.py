@@ -217,15 +217,15 @@ class Processes:
     def _wait(self, work: Any) -> None:
         """Wait for the others, unless one of them has failed."""
         while True:
+            over = work.is_completed()
             try:
                 work.wait(LOOK_EVERY)
                 return
             except RuntimeError:
-                if work.is_completed():
-                    if work.is_success():
-                        return
+                # One that was over before the wait has not just run out of time.
+                if over:
                     raise self._gone() from None
-                failure = self._failure()
+                failure = None if work.is_completed() else self._failure()
                 if failure is not None:
                     raise failure from None
 
