@@ -33,10 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PyftError as error:
         if os.environ.get(TRACEBACK) == "1":
             raise
-        print(f"pyft: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _tell(error, f"error: {' '.join(str(error).split())}")
         return 2
     except KeyboardInterrupt as error:
-        print(f"pyft: {' '.join(str(error).split()) or INTERRUPTED}", file=sys.stderr)
+        _tell(error, " ".join(str(error).split()) or INTERRUPTED)
         return 130
     except BrokenPipeError:
         # The reader (`head`, a pager) has gone; what is left in the buffer must not be flushed to it at exit.
@@ -44,13 +44,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
+def _tell(error: BaseException, text: str) -> None:
+    """Say on standard error why the command ends; what all of several processes raise is said by the first."""
+    if os.environ.get("RANK", "0") == "0" or not getattr(error, "of_all_processes", False):
+        print(f"pyft: {text}", file=sys.stderr)
+
+
 def train(arguments: argparse.Namespace) -> int:
     """`pyft train MODEL DATA`."""
     from pyft.finetune import finetune
 
     data, keywords = _job(arguments)
-    print(finetune(arguments.model, data, **keywords))
+    _print(finetune(arguments.model, data, **keywords))
     return 0
+
+
+def _print(result: Any) -> None:
+    """Print a result, in one of several processes."""
+    from pyft.training.processes import speaks
+
+    if speaks():
+        print(result)
 
 
 def plan(arguments: argparse.Namespace) -> int:
@@ -170,7 +184,7 @@ def resume(arguments: argparse.Namespace) -> int:
     """`pyft resume RUN`."""
     from pyft.finetune import resume as resume_run
 
-    print(resume_run(arguments.run, progress=arguments.progress))
+    _print(resume_run(arguments.run, progress=arguments.progress))
     return 0
 
 

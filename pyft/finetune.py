@@ -90,6 +90,9 @@ def finetune(
     by Ctrl-C, SIGKILL or a power cut, goes on when the same call is made again with its folder as `out`, and ends
     with the same weights, bit for bit, as if it had not been stopped.
 
+    Under torchrun the processes train one model together, each on its share of every batch, by DistributedDataParallel;
+    all make the same call and get the same result, and an error in one is raised in all (docs/distributed.md).
+
     Args:
         model: "hf:<folder, model package or hub id>", the folder of an earlier run, or any nn.Module, which is tuned
             in place and gets a new head where its outputs do not fit. It is put back as it came if something is wrong
@@ -113,7 +116,7 @@ def finetune(
             model.
         epochs: passes over the training data, over all stages.
         lr: learning rate; "auto" chooses by model, stage and optimizer, and says so.
-        batch_size: samples per batch. accumulate: batches per optimizer step.
+        batch_size: samples per batch, of all processes together. accumulate: batches per optimizer step.
         optimizer: "adamw" or "sgd". weight_decay: not applied to biases and norms.
         schedule: "cosine", "linear", "constant" or "plateau". warmup: share or number of steps.
         clip: largest L2 norm of the gradient; None for none.
@@ -135,7 +138,7 @@ def finetune(
         resume: "auto" continues an unfinished run in `out`, or starts one; True asks for one; False never continues.
             A finished run, and a run of other arguments or data, is never written over.
         export: "onnx" or None.
-        device: "auto" is the GPU where there is one.
+        device: "auto" is the GPU where there is one; of several processes each takes its own, by LOCAL_RANK.
         progress: show progress on standard error.
         text_column, label_column: names of the columns of a table.
 
@@ -144,8 +147,8 @@ def finetune(
 
     Raises:
         DataError: the data cannot be used.
-        ConfigError: an argument, or a combination, is not possible; `out` holds another run; or this is one of several
-            processes, as under torchrun.
+        ConfigError: an argument, or a combination, is not possible; `out` holds another run; or the processes of
+            torchrun make different calls.
         MissingExtraError: a package that is needed is not installed.
         CoreError: the compiled core cannot be used, and `PYFT_CORE=require`.
         CheckpointError: the disk is full, or a checkpoint is damaged. The last good one is kept.
