@@ -36,6 +36,8 @@ def several_processes() -> bool:
 
 def speaks() -> bool:
     """Whether this process prints: the first of several, or the only one."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank() == 0
     return not several_processes() or os.environ.get("RANK", "0") == "0"
 
 
@@ -318,10 +320,9 @@ def joined(device: Any) -> Iterator[Processes]:
     if own:
         _check_environment()
         distributed.init_process_group("gloo")
-        backend = distributed.get_default_backend_for_device(chosen.type)
-    else:
-        default = distributed.get_backend()
-        backend = default if default == "gloo" or chosen.type != "cpu" else "gloo"
+    # A group of gloo alone is somebody's choice, for GPUs as well.
+    gloo = not own and distributed.get_backend() == "gloo"
+    backend = "gloo" if gloo else distributed.get_default_backend_for_device(chosen.type)
     with torch.cuda.device(chosen) if chosen.type == "cuda" else contextlib.nullcontext():
         processes = Processes(distributed.get_rank(), distributed.get_world_size(), backend)
         try:

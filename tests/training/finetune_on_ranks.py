@@ -94,6 +94,7 @@ def case(name: str, folder: Path) -> dict[str, Any]:
 
 
 def regression(folder: Path) -> dict[str, Any]:
+    torch.manual_seed(0)
     return facts(tune(folder / "regression", Net(1), arrays("regression"), loss="huber", scale_targets=True))
 
 
@@ -105,6 +106,7 @@ def normed(folder: Path) -> dict[str, Any]:
 def cached(folder: Path, cache: str) -> tuple[int, int, dict[str, Any]]:
     """The head on stored features: samples that this process computed, samples stored."""
     os.environ["PYFT_CACHE_DIR"] = str(folder)
+    torch.manual_seed(0)
     net = Net()
     result = tune(folder / "run", net, strategy="head", head="head", cache_features=cache)
     return net.filled, len(list(folder.glob("features/*/manifest.json"))), facts(result)
