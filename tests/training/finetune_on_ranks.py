@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 import pyft
+from pyft.core.loader import load_core
 
 WORLD = 3
 SAMPLES, VALIDATION, FEATURES, CLASSES = 66, 23, 6, 3
@@ -31,8 +32,19 @@ def arrays(problem: str = "classification") -> tuple[np.ndarray, np.ndarray]:
     return x, scores[:, :1].astype(np.float32) if problem == "regression" else scores.argmax(1)
 
 
+class Counted(nn.Linear):
+    """A layer that counts the samples whose features are computed to be stored."""
+
+    samples = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_inference_mode_enabled():
+            self.samples += len(x)
+        return super().forward(x)
+
+
 class Net(nn.Module):
-    """Body and head, and a layer that nothing uses. It counts what it sees, and does something at a certain step.
+    """Body and head, and a layer that nothing uses. It does something at a certain step.
 
     Args:
         at: the training pass, from 1, in which `act(outputs)` is called.
@@ -40,16 +52,13 @@ class Net(nn.Module):
 
     def __init__(self, outputs: int = CLASSES, norm: bool = False, at: int = 0, act: Any = None) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(FEATURES, 16), nn.BatchNorm1d(16) if norm else nn.Tanh(), nn.Tanh())
+        self.body = nn.Sequential(Counted(FEATURES, 16), nn.BatchNorm1d(16) if norm else nn.Tanh(), nn.Tanh())
         self.spare = nn.Linear(4, 4)
         self.head = nn.Linear(16, outputs)
-        self.at, self.act, self.passes, self.filled = at, act, 0, 0
+        self.at, self.act, self.passes = at, act, 0
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.body(x)
-        if torch.is_inference_mode_enabled():
-            self.filled += len(x)
-        out = self.head(hidden)
+        out = self.head(self.body(x))
         if self.training and torch.is_grad_enabled() and out.requires_grad:
             self.passes += 1
             if self.passes == self.at:
@@ -105,11 +114,18 @@ def normed(folder: Path) -> dict[str, Any]:
 
 def cached(folder: Path, cache: str) -> tuple[int, int, dict[str, Any]]:
     """The head on stored features: samples that this process computed, samples stored."""
+    load_core()  # from the cache that it is in
+    before = os.environ.get("PYFT_CACHE_DIR")
     os.environ["PYFT_CACHE_DIR"] = str(folder)
     torch.manual_seed(0)
     net = Net()
-    result = tune(folder / "run", net, strategy="head", head="head", cache_features=cache)
-    return net.filled, len(list(folder.glob("features/*/manifest.json"))), facts(result)
+    try:
+        result = tune(folder / "run", net, strategy="head", head="head", cache_features=cache)
+    finally:
+        del os.environ["PYFT_CACHE_DIR"]
+        if before is not None:
+            os.environ["PYFT_CACHE_DIR"] = before
+    return net.body[0].samples, len(list(folder.glob("features/*/manifest.json"))), facts(result)
 
 
 def texts(folder: Path, encoder: str) -> dict[str, Any]:

@@ -130,10 +130,7 @@ def test_batch_norm_of_last_batches_of_two(ranks: Ranks, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("cache", ["ram", "disk"])
-def test_each_sample_is_computed_once(
-    ranks: Ranks, one_thread: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str
-) -> None:
-    monkeypatch.setenv("PYFT_CACHE_DIR", str(tmp_path / "one"))
+def test_each_sample_is_computed_once(ranks: Ranks, one_thread: None, tmp_path: Path, cache: str) -> None:
     alone, _, one = on_ranks.cached(tmp_path / "one", cache)
     several = ranks(on_ranks.cached, tmp_path / "three", cache)
     assert_as_one([facts for _, _, facts in several], one)
