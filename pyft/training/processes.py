@@ -61,6 +61,10 @@ def local_gpu() -> torch.device:
     return torch.device("cuda", place)
 
 
+class ProcessLostError(PyftError, RuntimeError):
+    """Another of the processes that train together has ended without a word."""
+
+
 class Processes:
     """This process among those that train together; alone, every method is the plain thing.
 
@@ -249,12 +253,11 @@ class Processes:
 
     def fail(self, error: BaseException) -> BaseException:
         """Tell the others that this process has failed, and with what; returns the error that it is to raise."""
-        lost = isinstance(error, RuntimeError) and not isinstance(error, PyftError)
-        first = self._failure() if lost else None
-        if first is None and lost and _says_lost(error):
-            return self._gone()
-        if first is not None:
-            return first
+        plain = isinstance(error, RuntimeError) and not isinstance(error, PyftError)
+        lost = isinstance(error, ProcessLostError) or (plain and _says_lost(error))
+        first = self._failure() if plain or lost else None
+        if first is not None or lost:
+            return first or self._gone()
         record = base64.b64encode(pickle.dumps((self.rank, _sendable(error)))).decode()
         with contextlib.suppress(Exception):
             self._store.compare_set(self._key, "", record)
@@ -271,7 +274,7 @@ class Processes:
         return None if rank == self.rank else self._of(error, rank)
 
     def _gone(self) -> BaseException:
-        return self._failure() or PyftError(
+        return self._failure() or ProcessLostError(
             f"one of {self.count} processes that train together is gone (killed, or out of memory), so the others "
             "ended; what the run has written is kept: start all of them again with its folder as out to go on"
         )

@@ -227,7 +227,7 @@ def test_a_process_that_is_gone(tmp_path: Path) -> None:
         said, kept = two.finish(0)
     finally:
         two.close()
-    assert said.startswith("PyftError: one of 2 processes that train together is gone")
+    assert said.startswith("ProcessLostError: one of 2 processes that train together is gone")
     assert kept
 
 
