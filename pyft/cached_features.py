@@ -27,7 +27,9 @@ from pyft.freezing.prefix_cache_batch import same_values
 from pyft.freezing.prefix_cache_play import StandInError
 from pyft.job import Job, autocast, to_device
 from pyft.models.call import call_model
-from pyft.samples import Batch
+from pyft.samples import Batch, Samples
+from pyft.shared_features import NotCachedError, agree_on_features, fill_together
+from pyft.training.processes import ALONE, Processes
 from pyft.training.progress import Progress, duration
 
 FILL_BATCH = 64
@@ -36,10 +38,6 @@ FILL_PICTURES = 8
 """The same for pictures, whose first layers give much: EfficientNet-Lite0 takes half the time per picture of 64."""
 SECONDS_BETWEEN_LINES = 10.0
 _ROWS, _VIEW, _PLAIN = "pyft_rows", "pyft_view", "pyft_inputs"
-
-
-class NotCachedError(Exception):
-    """Why every epoch of a stage runs the whole model, in words."""
 
 
 @dataclass
@@ -102,10 +100,11 @@ class FeatureKeeper:
 
     Args:
         run_path: the folder of the run, which gets files where memory is short; None: nothing is kept on disk.
+        processes: that keep features together.
     """
 
-    def __init__(self, job: Job, run_path: Path | None, show: Progress) -> None:
-        self.job, self.run_path, self.show = job, run_path, show
+    def __init__(self, job: Job, run_path: Path | None, show: Progress, processes: Processes = ALONE) -> None:
+        self.job, self.run_path, self.show, self.processes = job, run_path, show, processes
         self._numbering: Numbering | None = None
         self._last: PrefixCache | None = None
 
@@ -127,7 +126,9 @@ class FeatureKeeper:
         """
         begin = time.perf_counter()
         try:
-            features = self.open(plan)
+            features = self.processes.together(lambda: self.open(plan))
+            if self.processes.several:
+                agree_on_features(features, self.processes)
             features.fill()
         except NotCachedError as reason:
             if plan.frozen:
@@ -164,6 +165,7 @@ class FeatureKeeper:
                     dtype=features_dtype(job),
                     num_samples=len(self.numbering),
                     augment_views=job.arguments["augment_views"] or 1,
+                    copies=self.processes.on_this_machine,
                     say=self.show.note,
                 )
         except ConfigError as error:
@@ -179,16 +181,21 @@ class FeatureKeeper:
         """Close files; those in the run folder are of no use to others."""
         if self._last is not None:
             self._last.close()
-        if self.run_path is not None and (self.run_path / "features").is_dir():
+        if self.processes.first and self.run_path is not None and (self.run_path / "features").is_dir():
             shutil.rmtree(self.run_path / "features", ignore_errors=True)
 
     def _place(self) -> tuple[Any, Path | None, str | None]:
         wanted = self.job.arguments["cache_features"]
-        if wanted == "disk":
-            return "disk", cache_root() / "features", self.numbering.key
-        if wanted == "ram" or self.run_path is None:
+        # The others keep values in memory, or read the files of the first process.
+        if wanted == "ram" or self.run_path is None or not self.processes.first:
             return "ram", None, None
-        return "auto", self.run_path / "features", self.numbering.key
+        return "disk" if wanted == "disk" else "auto", *self.files()
+
+    def files(self) -> tuple[Path, str]:
+        """The folder of files, and the key of these samples in it."""
+        wanted, path = self.job.arguments["cache_features"], self.run_path
+        folder = cache_root() if wanted == "disk" or path is None else path
+        return folder / "features", self.numbering.key
 
 
 @dataclass
@@ -215,24 +222,33 @@ class StageFeatures:
         total = len(self.keeper.numbering) * self.cache.augment_views
         tell = FillProgress(self.keeper.show, total, len(self.cache))
         try:
+            if self.keeper.processes.several:
+                fill_together(self, self.keeper.processes, tell)
+                return
             for view in range(self.cache.augment_views):
                 with autocast(self.job.device, self.job.forward_precision):
-                    self.cache.fill(
-                        self.batches_to_fill(fill_order(self.job, len(self.keeper.numbering)), view), tell, view
-                    )
+                    self.cache.fill(self.batches_to_fill(self.order(), view), tell, view)
             if self.cache.reason is not None:
                 raise NotCachedError(self.cache.reason)
             self.cache.finish()
         except OSError as error:
-            why = self.cache.reason or f"features cannot be written ({error.strerror or error})"
-            self.cache.give_up(why, aloud=False)
-            if self.job.arguments["cache_features"] == "disk":
-                raise CheckpointError(f"{why}: make room, or give cache_features=False") from None
-            raise NotCachedError(why) from None
+            raise self.no_room(error) from None
         finally:
             for batches in (self.job.batches, self.job.val_batches):
                 if batches is not None and hasattr(batches.source, "stop"):
                     batches.source.stop()
+
+    def order(self) -> list[np.ndarray]:
+        """The batches in which features are computed, by number."""
+        return fill_order(self.job, len(self.keeper.numbering))
+
+    def no_room(self, error: OSError) -> CheckpointError | NotCachedError:
+        """Give up files that cannot be written; returns what is to be raised."""
+        why = self.cache.reason or f"features cannot be written ({error.strerror or error})"
+        self.cache.give_up(why, aloud=False)
+        if self.job.arguments["cache_features"] == "disk":
+            return CheckpointError(f"{why}: make room, or give cache_features=False")
+        return NotCachedError(why)
 
     def batches_to_fill(self, order: list[np.ndarray], view: int) -> Iterator[tuple[np.ndarray, Any]]:
         """(rows (B,), inputs) of each batch of rows; the inputs are None where all is stored."""
@@ -308,13 +324,24 @@ class CachedBatches:
         """Batches per epoch."""
         return self.inner.num_batches
 
+    @property
+    def samples(self) -> Samples:
+        """What the batches are of."""
+        return self.inner.samples
+
+    def index(self, epoch: int) -> list[np.ndarray]:
+        """The sample numbers of each batch of an epoch: list of int64 (B,)."""
+        # Without padding there is no reason to put samples of one length together.
+        return self.inner.index(epoch, bucket=self.features.tail is None)
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number `start` on."""
+        return self.make(self.index(epoch)[start:], epoch)
+
+    def make(self, batches: list[np.ndarray], epoch: int) -> Iterator[Batch]:
+        """Batches of these samples, list of int64 (B,), as they come out in an epoch."""
         view = epoch % self.views
-        if self.features.tail is not None:
-            # No padding, so no reason to put samples of one length together.
-            return self._of_features(self.inner.index(epoch, bucket=False)[start:], view)
-        return self._of_inputs(self.inner.index(epoch)[start:], view)
+        return self._of_inputs(batches, view) if self.features.tail is None else self._of_features(batches, view)
 
     def _of_features(self, batches: list[np.ndarray], view: int) -> Iterator[Batch]:
         targets = self.inner.samples.targets

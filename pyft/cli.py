@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PyftError as error:
         if os.environ.get(TRACEBACK) == "1":
             raise
-        _print_error(in_typed_words(str(error), option_names(arguments)))
+        _tell(error, in_typed_words(str(error), option_names(arguments)))
         return 2
     except OSError as error:
         if isinstance(error, BrokenPipeError):
@@ -47,15 +47,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if os.environ.get(TRACEBACK) == "1" or error.filename is None:
             raise
-        _print_error(f"{error.filename}: {error.strerror}")
+        _tell(error, f"{error.filename}: {error.strerror}")
         return 2
     except KeyboardInterrupt as error:
-        print(f"pyft: {' '.join(str(error).split()) or INTERRUPTED}", file=sys.stderr)
+        _tell(error, str(error) or INTERRUPTED, "")
         return 130
 
 
-def _print_error(message: str) -> None:
-    print(f"pyft: error: {' '.join(message.split())}", file=sys.stderr)
+def _tell(error: BaseException, text: str, kind: str = "error: ") -> None:
+    """Say on standard error why the command ends; what all of several processes raise is said by the first."""
+    if os.environ.get("RANK", "0") == "0" or not getattr(error, "of_all_processes", False):
+        print(f"pyft: {kind}{' '.join(text.split())}", file=sys.stderr)
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -63,8 +65,16 @@ def train(arguments: argparse.Namespace) -> int:
     from pyft.finetune import finetune
 
     data, keywords = _job(arguments)
-    print(finetune(arguments.model, data, **keywords))
+    _print(finetune(arguments.model, data, **keywords))
     return 0
+
+
+def _print(result: Any) -> None:
+    """Print a result, in one of several processes."""
+    from pyft.training.processes import speaks
+
+    if speaks():
+        print(result)
 
 
 def plan(arguments: argparse.Namespace) -> int:
@@ -184,7 +194,7 @@ def resume(arguments: argparse.Namespace) -> int:
     """`pyft resume RUN`."""
     from pyft.finetune import resume as resume_run
 
-    print(resume_run(arguments.run, progress=arguments.progress))
+    _print(resume_run(arguments.run, progress=arguments.progress))
     return 0
 
 

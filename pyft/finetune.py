@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pyft import run_dir
-from pyft.cached_features import FeatureKeeper
+from pyft.cached_features import Call, FeatureKeeper
 from pyft.core.loader import load_core_for
 from pyft.core.memory import resident_memory
 from pyft.data.table_preprocess import TablePreprocess
@@ -21,7 +21,7 @@ from pyft.describe import describe, describe_source, is_description, repeat_comm
 from pyft.errors import CheckpointError, ConfigError, PyftError
 from pyft.evaluation.pictures import can_draw, draw_run
 from pyft.freezing.plan import FreezePlan, make_plan
-from pyft.job import Job, inspect, model_fingerprint
+from pyft.job import Job, model_fingerprint
 from pyft.models.call import call_model
 from pyft.models.saved import load_state, save_model
 from pyft.plan import recalled, tell_prediction
@@ -29,12 +29,13 @@ from pyft.preprocess import spec_of
 from pyft.record import add_plans, write_cost, write_page
 from pyft.result import Result
 from pyft.run_dir import RunDir
-from pyft.stage_rows import freeze_for
+from pyft.shared_batches import IndexedBatches, SharedBatches
+from pyft.shared_run import check_alike, freeze_together, inspect_together, same_result, start_together
 from pyft.training.checkpoint import load_checkpoint
 from pyft.training.history import History
 from pyft.training.layout import channels_last
-from pyft.training.loop import BatchSource, StageSetup, train
-from pyft.training.processes import refuse_several_processes
+from pyft.training.loop import StageSetup, train
+from pyft.training.processes import Processes, joined
 from pyft.training.progress import Progress, make_progress
 from pyft.training.settings import describe as describe_settings
 from pyft.training.stages import Stage
@@ -89,6 +90,9 @@ def finetune(
     by Ctrl-C, SIGKILL or a power cut, goes on when the same call is made again with its folder as `out`, and ends
     with the same weights, bit for bit, as if it had not been stopped.
 
+    Under torchrun the processes train one model together, each on its share of every batch, by DistributedDataParallel;
+    all make the same call and get the same result, and an error in one is raised in all (docs/distributed.md).
+
     Args:
         model: "hf:<folder, model package or hub id>", the folder of an earlier run, or any nn.Module, which is tuned
             in place and gets a new head where its outputs do not fit. It is put back as it came if something is wrong
@@ -112,7 +116,7 @@ def finetune(
             model.
         epochs: passes over the training data, over all stages.
         lr: learning rate; "auto" chooses by model, stage and optimizer, and says so.
-        batch_size: samples per batch. accumulate: batches per optimizer step.
+        batch_size: samples per batch, of all processes together. accumulate: batches per optimizer step.
         optimizer: "adamw" or "sgd". weight_decay: not applied to biases and norms.
         schedule: "cosine", "linear", "constant" or "plateau". warmup: share or number of steps.
         clip: largest L2 norm of the gradient; None for none.
@@ -134,7 +138,7 @@ def finetune(
         resume: "auto" continues an unfinished run in `out`, or starts one; True asks for one; False never continues.
             A finished run, and a run of other arguments or data, is never written over.
         export: "onnx" or None.
-        device: "auto" is the GPU where there is one.
+        device: "auto" is the GPU where there is one; of several processes each takes its own, by LOCAL_RANK.
         progress: show progress on standard error.
         text_column, label_column: names of the columns of a table.
 
@@ -143,44 +147,55 @@ def finetune(
 
     Raises:
         DataError: the data cannot be used.
-        ConfigError: an argument, or a combination, is not possible; `out` holds another run; or this is one of several
-            processes, as under torchrun.
+        ConfigError: an argument, or a combination, is not possible; `out` holds another run; or the processes of
+            torchrun make different calls.
         MissingExtraError: a package that is needed is not installed.
         CoreError: the compiled core cannot be used, and `PYFT_CORE=require`.
         CheckpointError: the disk is full, or a checkpoint is damaged. The last good one is kept.
         ExportError: the exported file does not behave like the model. The tuned model is already in the run folder.
     """
     arguments = dict(locals())
-    refuse_several_processes()
+    with joined(device) as processes:
+        return run_job(arguments, processes)
+
+
+def run_job(arguments: dict[str, Any], processes: Processes) -> Result:
+    """The story of `finetune`, in one process or in each of several."""
     seconds: dict[str, float] = {}
     memory = resident_memory()
-    unfinished = run_dir.look_at(out, resume)
+    unfinished = processes.on_first(lambda: run_dir.look_at(arguments["out"], arguments["resume"]))
     with timed(seconds, "load"):
-        job = inspect(arguments)
+        job = inspect_together(arguments, processes)
         config = make_config(job)
     with given_back_on_error(job.before):
+        check_alike(job, config, processes)
         with timed(seconds, "core"):  # the first use on a machine compiles it
             load_core_for(job.device.type)
-        run = start(job, config, unfinished)
+        run = start_together(lambda: start(job, config, unfinished, processes.count), job, processes)
     run.seconds = seconds
-    show = make_progress(progress)
+    show = make_progress(arguments["progress"] and processes.first)
     try:
         for line in [*job.notes, *plan_lines(job), f"run: {run.path}{', continued' * bool(unfinished)}"]:
             show.note(line)
-        history, plan = train_stages(job, run, show, resumed=unfinished is not None)
-        kept = logits_to_keep(job) if export is not None else None
-        result = evaluate_tuned(job, run, history, plan, kept)
-        if export is not None:
-            export_tuned(job, run, result, show, kept)
-        if (predicted := tell_prediction(config, run.seconds)) is not None:
-            result.notes = (*result.notes, predicted)
-            show.note(predicted)
-        write_cost(run, history, recalled(config), memory, job.device)
-        finish(run, result)
+        history, plan = train_stages(job, run, show, processes, resumed=unfinished is not None)
+        kept = logits_to_keep(job) if arguments["export"] is not None else None
+        result = evaluate_tuned(job, run, history, plan, kept, processes)
+
+        def conclude() -> Result:
+            if arguments["export"] is not None:
+                export_tuned(job, run, result, show, kept)
+            if (predicted := tell_prediction(config, run.seconds)) is not None:
+                result.notes = (*result.notes, predicted)
+                show.note(predicted)
+            write_cost(run, history, recalled(config), memory, job.device)
+            finish(run, result)
+            return result
+
+        result = same_result(conclude, result, processes)
         show.note("seconds: " + ", ".join(f"{part} {spent:.1f}" for part, spent in run.seconds.items()))
         return result
     except Exception as error:
-        if unfinished is None and not isinstance(error, CheckpointError) and nothing_trained(run):
+        if run.first and unfinished is None and not isinstance(error, CheckpointError) and nothing_trained(run):
             run.discard()
         raise
     finally:
@@ -259,7 +274,7 @@ def keyword_defaults() -> dict[str, Any]:
     return {item.name: item.default for item in parameters if item.default is not item.empty}
 
 
-def start(job: Job, config: dict[str, Any], unfinished: Path | None) -> RunDir:
+def start(job: Job, config: dict[str, Any], unfinished: Path | None, processes: int = 1) -> RunDir:
     """Claim the folder of the run: a new one, or that of the run to continue, whose first weights are put back."""
     if unfinished is not None:
         stored = run_dir.check_same(unfinished, config)
@@ -274,7 +289,7 @@ def start(job: Job, config: dict[str, Any], unfinished: Path | None) -> RunDir:
     run = run_dir.create(job.arguments["out"], job.task)
     try:
         run.write("config.json", config)
-        run.write("environment.json", run_dir.environment(str(job.device)))
+        run.write("environment.json", run_dir.environment(str(job.device), processes))
         run.write("plan.txt", "\n".join(plan_lines(job)) + "\n")
         run.write("notes.txt", "".join(f"{note}\n" for note in job.notes))
         run.write("preprocess.json", spec_of(job.preprocess))
@@ -292,37 +307,40 @@ def start(job: Job, config: dict[str, Any], unfinished: Path | None) -> RunDir:
 # ---------------------------------------------------------------- train
 
 
-def train_stages(job: Job, run: RunDir, show: Progress, *, resumed: bool) -> tuple[History, FreezePlan]:
+def train_stages(
+    job: Job, run: RunDir, show: Progress, processes: Processes, *, resumed: bool
+) -> tuple[History, FreezePlan]:
     """Train all stages. Afterwards the model holds the best weights, nothing is frozen any more, all is verified."""
     plans: dict[str, FreezePlan] = {}
-    keeper = FeatureKeeper(job, run.path, show)
+    keeper = FeatureKeeper(job, run.path, show, processes)
 
     def prepare(stage: Stage) -> StageSetup:
-        plan = freeze_for(job, stage, run.path)
+        plan = freeze_together(job, stage, run, processes)
         plans[stage.name] = plan
-        setup = StageSetup(
-            trainable=[(name, value) for name, value in job.model.named_parameters() if value.requires_grad],
-            batches=job.batches,
-            call=call_model,
-            finish=lambda: plan.verify(job.model),
-        )
-        scored: BatchSource | None = job.val_batches
+        call: Call = call_model
+        trained: IndexedBatches = job.batches
+        scored: IndexedBatches | None = job.val_batches
         features = keeper.prepare(plan, stage.name, run.seconds)
         if features is not None:
-            setup.call, setup.batches = features.call, features.batches("train", job.batches)
+            call, trained = features.call, features.batches("train", job.batches)
             if job.val_batches is not None:
                 scored = features.batches("val", job.val_batches)
-        if scored is not None:
-            setup.evaluate = stage_evaluation(job, setup.call, scored)
-        return setup
+        return StageSetup(
+            trainable=[(name, value) for name, value in job.model.named_parameters() if value.requires_grad],
+            batches=SharedBatches(trained, processes, job.model) if processes.several else trained,
+            call=call,
+            evaluate=None if scored is None else stage_evaluation(job, call, scored, processes),
+            finish=lambda: plan.verify(job.model),
+        )
 
     last = run / "last.pt"
+    continued = processes.of_first(resumed and last.exists())
     try:
         with channels_last(job.model, job.channels_last):
             history = train(
                 job.model, job.stages, prepare, job.settings, job.objective,
-                directory=run.path, device=job.device, progress=show,
-                resume_from=last if resumed and last.exists() else None, resume_hint=resume_hint(job, run),
+                directory=run.path, device=job.device, progress=show, resume_from=last if continued else None,
+                resume_hint=resume_hint(job, run), processes=processes,
             )  # fmt: skip
     finally:
         keeper.close()

@@ -31,6 +31,7 @@ from pyft.target_scale import TargetScale, check_scale_targets, choose_scale
 from pyft.training.layout import channels_last, choose_layout, convolution_weights
 from pyft.training.objectives import Objective, class_weights, make_loss
 from pyft.training.precision import bf16_hardware, choose_precision
+from pyft.training.processes import local_gpu
 from pyft.training.settings import Settings, resolve
 from pyft.training.stages import Stage, make_stages
 from pyft.untouched import Untouched, given_back_on_error
@@ -187,15 +188,15 @@ def _settings(arguments: Mapping[str, Any]) -> Settings:
 
 
 def choose_device(device: Any) -> torch.device:
-    """The device of a word: "auto" is the first CUDA device where there is one, else the CPU.
+    """The device of a word: "auto" is a CUDA device where there is one, that of this process, else the CPU.
 
     Raises:
         ConfigError: not a device, or one that this machine does not have.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return local_gpu() if torch.cuda.is_available() else torch.device("cpu")
     try:
-        chosen = torch.device(device)
+        chosen = local_gpu() if device == "cuda" and torch.cuda.is_available() else torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, TypeError, AssertionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -68,7 +68,7 @@ def fingerprint_state(module: torch.nn.Module, *, values: bool = True) -> str:
     return digest.hexdigest()
 
 
-def environment(device: str) -> dict[str, Any]:
+def environment(device: str, processes: int = 1) -> dict[str, Any]:
     """What a reader needs to know to run the same again: versions, processor, threads, commit, command."""
     return {
         "pyft": __version__,
@@ -80,6 +80,7 @@ def environment(device: str) -> dict[str, Any]:
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "processes": processes,
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
         "commit": _commit(),
         "command": sys.argv,
@@ -312,12 +313,14 @@ class RunDir:
 
     Attributes:
         path: the folder.
+        first: whether this process writes; of several that train together the others do not.
         seconds: time spent per part of the story, written to timings.json.
     """
 
     path: Path
     lock: Any
     seconds: dict[str, float] = field(default_factory=dict)
+    first: bool = True
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -328,6 +331,8 @@ class RunDir:
         Raises:
             CheckpointError: the disk is full or the folder cannot be written.
         """
+        if not self.first:
+            return self / name
         try:
             return write_json(self / name, value) if name.endswith(".json") else write_text(self / name, value)
         except OSError as error:
@@ -341,12 +346,15 @@ class RunDir:
 
     def release(self) -> None:
         """Let other processes write to the run."""
-        self.lock.release()
+        if self.first:
+            self.lock.release()
 
     def discard(self) -> None:
         """Remove a folder that holds nothing worth keeping."""
         import shutil
 
+        if not self.first:
+            return
         self.lock.release()
         shutil.rmtree(self.path, ignore_errors=True)
 

@@ -75,6 +75,19 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Share:
+    """The batch that the samples of one of several processes are of.
+
+    Attributes:
+        targets: of the whole batch.
+        counts: whether these samples are this process's; else another has them, and the loss is 0.
+    """
+
+    targets: torch.Tensor | None
+    counts: bool = True
+
+
+@dataclass(frozen=True)
 class Batch:
     """What one step takes.
 
@@ -82,8 +95,10 @@ class Batch:
         inputs: Tensor (B, ...) or dict of Tensors, given to the model as `model(x)` or `model(**x)`.
         targets: as in `Samples`, first dimension B; None for prediction.
         index: (B,) int64 sample numbers within the `Samples`.
+        share: where these samples are one process's share of a batch; None: they are the batch.
     """
 
     inputs: torch.Tensor | dict[str, torch.Tensor]
     targets: torch.Tensor | None
     index: torch.Tensor
+    share: Share | None = None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from pyft.cached_features import Call
 from pyft.data.batches import Batches
@@ -23,34 +24,52 @@ from pyft.proof import KeptLogits, prove
 from pyft.record import held_out_facts
 from pyft.result import MAIN_METRICS, Result
 from pyft.run_dir import RunDir
+from pyft.samples import Batch
+from pyft.shared_batches import IndexedBatches, shared_scores
 from pyft.training.history import History
-from pyft.training.loop import BatchSource
+from pyft.training.processes import ALONE, Processes
 from pyft.training.progress import Progress
 
 
-def stage_evaluation(job: Job, call: Call, batches: BatchSource) -> Callable[[], dict[str, float]]:
+def stage_evaluation(
+    job: Job, call: Call, batches: IndexedBatches, processes: Processes = ALONE
+) -> Callable[[], dict[str, float]]:
     """What the loop calls after each epoch."""
 
     def evaluate() -> dict[str, float]:
         with autocast(job.device, job.forward_precision):
-            values = score(job, call, batches).values
+            values = score(job, call, batches, processes=processes).values
         return {name: value for name, value in values.items() if name in (*MAIN_METRICS, job.settings.metric)}
 
     return evaluate
 
 
 def score(
-    job: Job, call: Call, batches: BatchSource, kept: KeptLogits | None = None, noted: HeldOut | None = None
+    job: Job,
+    call: Call,
+    batches: IndexedBatches,
+    kept: KeptLogits | None = None,
+    noted: HeldOut | None = None,
+    processes: Processes = ALONE,
 ) -> Metrics:
-    """Metrics of the model as it is; `kept` keeps the logits, `noted` takes note of the scores."""
+    """Metrics of the model as it is; `kept` keeps the logits, `noted` notes the scores, in the first process."""
     keep = KeptLogits(0) if kept is None else kept
-    return evaluate_batches(
-        lambda inputs: job.in_own_unit(keep.put(call(job.model, to_device(inputs, job.device)))),
-        keep.batches(batches.epoch(0)),
-        job.data.problem,
-        job.data.classes,
-        None if noted is None else noted.update,
-    )
+
+    def logits(inputs: Any) -> Any:
+        return call(job.model, to_device(inputs, job.device))
+
+    def evaluate(run: Callable[[Any], Any], made: Iterable[Batch]) -> Metrics:
+        return evaluate_batches(
+            lambda inputs: job.in_own_unit(keep.put(run(inputs))),
+            keep.batches(made),
+            job.data.problem,
+            job.data.classes,
+            None if noted is None else noted.update,
+        )
+
+    if processes.several:
+        return shared_scores(logits, batches, processes, lambda made: evaluate(lambda known: known, made))
+    return evaluate(logits, batches.make(batches.index(0), 0))
 
 
 def logits_to_keep(job: Job) -> KeptLogits | None:
@@ -58,18 +77,28 @@ def logits_to_keep(job: Job) -> KeptLogits | None:
     return KeptLogits(len(job.data.val)) if job.data.val is not None and job.device.type == "cpu" else None
 
 
-def evaluate_tuned(job: Job, run: RunDir, history: History, plan: FreezePlan, kept: KeptLogits | None = None) -> Result:
+def evaluate_tuned(
+    job: Job,
+    run: RunDir,
+    history: History,
+    plan: FreezePlan,
+    kept: KeptLogits | None = None,
+    processes: Processes = ALONE,
+) -> Result:
     """Final metrics in fp32, the precision of the exported file; weights and metrics are on disk afterwards."""
     data = job.data
     job.model.eval()
     with timed(run.seconds, "evaluate"):
-        save_model(run / "model.safetensors", job.model)
+        if run.first:
+            save_model(run / "model.safetensors", job.model)
         found: dict[str, Metrics] = {}
         for role, samples, keeper in (("val", data.val, kept), ("test", data.test, None)):
             if samples is not None:
                 noted = HeldOut(data.problem, data.classes)
                 batches = Batches(samples, job.preprocess, EVALUATION_BATCH, shuffle=False)
-                found[role] = score(job, call_model, batches, keeper, noted)
+                found[role] = score(job, call_model, batches, keeper, noted, processes)
+                if not run.first:
+                    continue
                 run.write("held_out.json", held_out_facts(noted, samples, role))
     metrics = {f"{role}_{name}": value for role, scores in found.items() for name, value in scores.values.items()}
     detail = found.get("test", found.get("val"))

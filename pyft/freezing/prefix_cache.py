@@ -65,6 +65,7 @@ class PrefixCache:
         num_samples: that will come; helps "auto" and saves copies.
         augment_views: K randomly changed copies of each sample that are stored; see `batch`.
         checks: that many played batches are compared with the real thing first.
+        copies: processes of this machine that keep the same; "auto" leaves room for all.
         say: gets lines for the user; default: standard error.
 
     Attributes:
@@ -101,6 +102,7 @@ class PrefixCache:
         num_samples: int | None = None,
         augment_views: int = 1,
         checks: int = 2,
+        copies: int = 1,
         say: Callable[[str], None] | None = None,
     ) -> None:
         if storage not in ("auto", "ram", "disk"):
@@ -108,7 +110,7 @@ class PrefixCache:
         if not isinstance(augment_views, int) or isinstance(augment_views, bool) or augment_views < 1:
             raise ConfigError(f"augment_views={augment_views!r}: expected a whole number of 1 or more")
         self.model, self.dtype, self.augment_views = unwrap(model), dtype, augment_views
-        self.checks, self.say = checks, say or _say
+        self.checks, self.copies, self.say = checks, copies, say or _say
         self.reason: str | None = None
         self.played = self.filled = 0
         named = dict(self.model.named_parameters(remove_duplicate=False))
@@ -444,7 +446,7 @@ class PrefixCache:
             device = next(self.model.parameters()).device
             if 0 < guess * MEMORY_SHARE <= free_device_memory(device):
                 return memory_store(self._columns, count, device)
-            storage = "ram" if guess * MEMORY_SHARE <= free_memory() else "disk"
+            storage = "ram" if guess * MEMORY_SHARE * self.copies <= free_memory() else "disk"
         if storage == "ram":
             return memory_store(self._columns, count)
         root = root or cache_root() / "features"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,14 @@ from pyft.training.interrupt import Interrupt
 from pyft.training.objectives import Objective
 from pyft.training.optimizers import NamedParameters, build_optimizer
 from pyft.training.precision import choose_precision
+from pyft.training.processes import ALONE, Processes
 from pyft.training.progress import Progress, SilentProgress
 from pyft.training.run_state import Run, live_buffers
 from pyft.training.schedules import PlateauSchedule, make_schedule
 from pyft.training.seeds import make_seeder, mix
 from pyft.training.settings import Settings, stage_lr
 from pyft.training.stages import Stage
-from pyft.training.steps import Inputs, Stepper, call_plain
+from pyft.training.steps import Inputs, Signals, Stepper, call_plain
 
 Result = TypeVar("Result")
 
@@ -79,6 +80,7 @@ def train(
     resume_from: str | Path | None = None,
     checkpoint_seconds: float = 60.0,
     resume_hint: str = "",
+    processes: Processes = ALONE,
 ) -> History:
     """Train a model stage by stage. At the end it holds the weights of the best epoch and is in eval mode.
 
@@ -97,6 +99,8 @@ def train(
         resume_from: the last.pt of a run; None starts anew.
         checkpoint_seconds: longest time between two checkpoints within an epoch; each epoch ends with one as well.
         resume_hint: how to resume, for the message after Ctrl-C.
+        processes: that train together, each with its share of every batch (`Batch.share`); the first one writes. Each
+            process must call this with a model of the same weights.
 
     Raises:
         ConfigError: nothing trains, patience without validation, a metric that was not evaluated, settings that
@@ -107,7 +111,7 @@ def train(
     """
     device = torch.device(device)
     progress = progress if progress is not None else SilentProgress()
-    run = Run(model, stages, settings, Path(directory))
+    run = Run(model, stages, settings, Path(directory), processes=processes)
     if resume_from is not None:
         run.restore(Path(resume_from))
     devices = [] if device.type == "cpu" else [device.index or 0]
@@ -125,7 +129,7 @@ def train(
                 training.run_epoch()
             training.end()
         history = run.finish()
-        if interrupt.requested:
+        if processes.any(interrupt.requested):
             raise KeyboardInterrupt(f"interrupted, but training is complete; the weights are in {history.best_path}")
         return history
 
@@ -171,10 +175,12 @@ class _StageTraining:
         self.stepper = Stepper(
             run, self.named, self.setup.call, self.objective, optimizer, schedule, self.device, self.seed
         )
+        self.stepper.ask = self._signals
         if pending is None:
             self._begin_anew(lr, reason)
         else:
             self._continue(pending)
+        self.stepper.begin()
         self.record["seconds"]["prepare"] += time.perf_counter() - began
         run.clock = time.perf_counter()
         self.next_checkpoint = run.clock + self.checkpoint_seconds
@@ -186,7 +192,7 @@ class _StageTraining:
 
     def _begin_anew(self, lr: float, reason: str | None) -> None:
         run, stage = self.run, self.run.stage
-        precision, why = self._choose_precision()
+        precision, why = run.processes.of_first(self._choose_precision())
         notes = [f"stage '{stage.name}': {text}" for text in (reason, why) if text]
         run.history.notes += notes
         for note in notes:
@@ -244,6 +250,7 @@ class _StageTraining:
         """Check what was frozen, and write down that the stage is over."""
         run, at = self.run, self.run.position
         run.model.eval()
+        self.stepper.end()
         for _, parameter in self.named:
             parameter.grad = None
         if self.setup.finish is not None:
@@ -296,9 +303,9 @@ class _StageTraining:
                 at.batch += len(group)
                 at.step += 1
                 self.samples += stepper.group_samples
-                now = time.perf_counter()
-                if self.interrupt.requested or now >= self.next_update or now >= self.next_checkpoint:
-                    self._tick(now)
+                signals = stepper.told if self.run.processes.several else self._signals()
+                if any(signals):
+                    self._tick(signals)
         finally:
             if hasattr(batches, "close"):
                 batches.close()
@@ -306,16 +313,24 @@ class _StageTraining:
             promised = self.setup.batches.num_batches
             raise ConfigError(f"an epoch gave {at.batch} batches, but num_batches is {promised}: they must agree")
 
-    def _tick(self, now: float) -> None:
+    def _signals(self) -> Signals:
+        """What this process wants after a step; of several, the clock of the first counts."""
+        now, first = time.perf_counter(), self.run.processes.first
+        return Signals(
+            self.interrupt.requested, first and now >= self.next_update, first and now >= self.next_checkpoint
+        )
+
+    def _tick(self, signals: Signals) -> None:
         at = self.run.position
-        if now >= self.next_update:
+        if signals.show:
             self.stepper.flush()
             loss = at.loss_sum / at.weight_sum if at.weight_sum else math.nan
             self.progress.update(at.stage_epoch + 1, at.batch, self.samples, loss, at.lr)
-            self.next_update = now + self.progress.interval
-        if now >= self.next_checkpoint and not self.interrupt.requested:
+            self.next_update = time.perf_counter() + self.progress.interval
+        if signals.stop:
+            self._stop()
+        if signals.write:
             self._save()
-        self._stop_if_asked()
 
     def _evaluate(self) -> dict[str, float]:
         evaluate = self.setup.evaluate
@@ -353,9 +368,12 @@ class _StageTraining:
         self.next_checkpoint = time.perf_counter() + self.checkpoint_seconds
 
     def _stop_if_asked(self) -> None:
-        if self.interrupt.requested:
-            self._save()
-            raise self._stopped()
+        if self.run.processes.any(self.interrupt.requested):
+            self._stop()
+
+    def _stop(self) -> NoReturn:
+        self._save()
+        raise self._stopped()
 
     def _stopped(self) -> KeyboardInterrupt:
         path = self.run.history.last_path

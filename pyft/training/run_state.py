@@ -15,7 +15,6 @@ from pyft.errors import CheckpointError, ConfigError
 from pyft.freezing.parts import bring_up_to_date, whole_names
 from pyft.training.checkpoint import (
     load_checkpoint,
-    load_weights,
     put_weights,
     read_weights,
     save_checkpoint,
@@ -23,6 +22,7 @@ from pyft.training.checkpoint import (
     take_weights,
 )
 from pyft.training.history import History, write_metrics
+from pyft.training.processes import ALONE, Processes
 from pyft.training.settings import Settings, describe, higher_is_better
 from pyft.training.stages import Stage
 
@@ -61,7 +61,10 @@ class Position:
 
 @dataclass
 class Run:
-    """A run in progress: the model, its position and history, and the files it keeps in `directory`."""
+    """A run in progress: the model, its position and history, and the files it keeps in `directory`.
+
+    Of several processes the first alone reads and writes files.
+    """
 
     model: nn.Module
     stages: Sequence[Stage]
@@ -72,6 +75,7 @@ class Run:
     pending: dict[str, Any] | None = None
     stage_identity: dict[str, Any] = field(default_factory=dict)
     clock: float = field(default_factory=time.perf_counter)
+    processes: Processes = ALONE
 
     def __post_init__(self) -> None:
         metric = self.settings.metric
@@ -110,6 +114,8 @@ class Run:
         Raises:
             CheckpointError: it cannot be written; the last good one is untouched.
         """
+        if not self.processes.first:
+            return
         history = {name: getattr(self.history, name) for name in _KEPT_OF_HISTORY}
         save_checkpoint(
             self.history.last_path,
@@ -123,6 +129,7 @@ class Run:
                 "schedule": schedule,
                 "torch": str(torch.__version__),
                 "threads": torch.get_num_threads(),
+                "processes": self.processes.count,
             },
         )
 
@@ -133,9 +140,10 @@ class Run:
             CheckpointError: missing, damaged, or of another model.
             ConfigError: settings or stages differ.
         """
-        content = load_checkpoint(path)
+        content = self.processes.on_first(lambda: load_checkpoint(path))
         _compare(content["identity"], self.identity(), path)
-        if content["history"]["best_epoch"] is not None and not self.history.best_path.is_file():
+        best = content["history"]["best_epoch"] is not None
+        if best and not self.processes.of_first(self.history.best_path.is_file()):
             raise CheckpointError(f"{self.history.best_path} is missing: the run cannot go on without its best weights")
         put_weights(self.model, content["weights"], str(path))
         self.position = Position(**content["position"])
@@ -148,6 +156,7 @@ class Run:
         for what, then, now in (
             ("torch", content["torch"], str(torch.__version__)),
             ("threads", content["threads"], torch.get_num_threads()),
+            ("processes", content.get("processes", 1), self.processes.count),
         ):
             if then != now:
                 self.history.notes.append(f"resumed with {what} {now}, begun with {then}: the last bits may differ")
@@ -163,7 +172,7 @@ class Run:
         # Of a weight that trains in part the whole is written: the next stage may train other rows, or all.
         whole = whole_names(self.model)
         self.trained.update(dict.fromkeys(whole.get(name, name) for name in names))
-        if self.history.best_epoch is None:
+        if self.history.best_epoch is None or not self.processes.first:
             return
         best = read_weights(self.history.best_path)
         missing = {name: tensor for name, tensor in self._weights().items() if name not in best}
@@ -172,18 +181,23 @@ class Run:
 
     def save_best(self) -> None:
         """Write all that was trained so far to best.safetensors."""
+        if not self.processes.first:
+            return
         save_weights(self.history.best_path, self._weights())
 
     def write_metrics(self) -> None:
         """Write metrics.csv from the history."""
+        if not self.processes.first:
+            return
         write_metrics(self.directory / "metrics.csv", self.history.rows)
 
     def finish(self) -> History:
         """Put the best weights into the model; where nothing was evaluated, the last ones are the best."""
+        path = self.history.best_path
         if self.history.best_epoch is None:
             self.save_best()
-        else:
-            load_weights(self.history.best_path, self.model)
+        if self.history.best_epoch is not None or self.processes.several:
+            put_weights(self.model, self.processes.on_first(lambda: read_weights(path)), str(path))
         self.model.eval()
         self.write_metrics()
         return self.history

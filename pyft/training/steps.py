@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +14,12 @@ from torch import Tensor, nn
 from pyft.core.transfer import to_device
 from pyft.errors import ConfigError, NonFiniteError
 from pyft.samples import Batch
+from pyft.training.data_parallel import first_forward, wrap
 from pyft.training.nonfinite import nonfinite_error
 from pyft.training.objectives import Objective
 from pyft.training.optimizers import NamedParameters
-from pyft.training.run_state import Run
-from pyft.training.seeds import step_seed
+from pyft.training.run_state import Run, live_buffers
+from pyft.training.seeds import mix, step_seed
 
 Inputs = Tensor | dict[str, Tensor]
 
@@ -26,8 +29,18 @@ def call_plain(model: nn.Module, inputs: Inputs) -> Tensor:
     return model(**inputs) if isinstance(inputs, dict) else model(inputs)
 
 
+class Signals(NamedTuple):
+    """What is to be done after a step: stop, show how far it is, write a checkpoint."""
+
+    stop: bool = False
+    show: bool = False
+    write: bool = False
+
+
 class Stepper:
     """Steps of one stage. It counts the loss into `run.position`, and raises before a parameter sees NaN or inf.
+
+    Of several processes each takes its share of every batch, and all count the loss of the whole one.
 
     On the CPU each loss is looked at. Elsewhere that would wait for the device at each step, so losses are added up
     there and looked at in `flush`, which every checkpoint calls first.
@@ -52,17 +65,39 @@ class Stepper:
         self._parameters = [parameter for _, parameter in named]
         self._on_cpu = device.type == "cpu"
         self._loss_sum: Tensor | None = None
+        self._several = run.processes.several
+        self._wrapped: Any = None
+        self._forward: Callable[[Inputs], Tensor] | None = None
+        self._group_loss = 0.0
+        self.ask: Callable[[], Signals] = Signals
+        self.told = Signals()
+
+    def begin(self) -> None:
+        """The model is in train mode, frozen and loaded: gradients of several processes are averaged from now on."""
+        if self._several:
+            model = self.run.model
+            self._wrapped = wrap(model, self.call, live_buffers(model), self.run.processes)
+            self._forward = partial(first_forward, self._wrapped)
+
+    def end(self) -> None:
+        """The stage is over."""
+        self.run.processes.let_go()
+        self._wrapped = self._forward = None
 
     def begin_epoch(self, key: int) -> None:
         """Set the random key of the epoch."""
         self._key = key
         if not self._on_cpu:
-            self._loss_sum = torch.tensor(self.run.position.loss_sum, dtype=torch.float64, device=self.device)
+            before = self.run.position.loss_sum if self.run.processes.first else 0.0
+            self._loss_sum = torch.tensor(before, dtype=torch.float64, device=self.device)
 
     def end_epoch(self) -> None:
         """Bring the sum of the losses up to date; from here on the position alone holds it."""
         self.flush()
         self._loss_sum = None
+        if self._several:
+            buffers = dict(self.run.model.named_buffers(remove_duplicate=False))
+            self.run.processes.share(buffers[name] for name in live_buffers(self.run.model))
 
     def step(self, group: Sequence[Batch], number: int) -> None:
         """One optimizer step on a group of batches, the first of which has this `number` in the epoch.
@@ -75,6 +110,18 @@ class Stepper:
         """
         for parameter in self._parameters:
             parameter.grad = None
+        if self._several:
+            self._backward_shares(group, number)
+        else:
+            self._backward(group, number)
+        try:
+            self.optimizer.step()
+        except NonFiniteError as error:
+            raise self._nonfinite(str(error).partition(";")[0]) from None
+        self.run.position.lr = self.optimizer.param_groups[0]["lr"]
+        self.schedule.step()
+
+    def _backward(self, group: Sequence[Batch], number: int) -> None:
         weights = [self.objective.denominator(_targets(batch)) for batch in group]
         total = sum(weights)
         self.group_samples = 0
@@ -86,12 +133,43 @@ class Stepper:
             loss = self._loss(batch, self.precision)
             self._count(loss, weight)
             (loss if weight == total else loss * (weight / total)).backward()
-        try:
-            self.optimizer.step()
-        except NonFiniteError as error:
-            raise self._nonfinite(str(error).partition(";")[0]) from None
-        self.run.position.lr = self.optimizer.param_groups[0]["lr"]
-        self.schedule.step()
+
+    def _backward_shares(self, group: Sequence[Batch], number: int) -> None:
+        """The same where each process has its share of every batch: averaged, the gradient is that of the whole."""
+        processes = self.run.processes
+        whole = [_whole_targets(batch) for batch in group]
+        weights = [self.objective.denominator(targets) for targets in whole]
+        total = sum(weights)
+        self.group_samples = sum(len(targets) for targets in whole)
+        ran = [place for place, weight in enumerate(weights) if weight]
+        self._group_loss = 0.0
+        for place in ran:
+            batch, last = group[place], place == ran[-1]
+            own = self.objective.denominator(_targets(batch)) if batch.share is None or batch.share.counts else 0.0
+            # Dropout of one process is not that of another.
+            seed = step_seed(self._key, number + place)
+            self.seed(mix(seed, processes.rank) >> 1 if processes.rank else seed)
+            with contextlib.nullcontext() if last else self._wrapped.no_sync():
+                loss = self._loss(batch, self.precision, self._forward, counts=own > 0.0)
+                self._forward = self._wrapped
+                self._count(loss, own)
+                if last:
+                    self._tell(total)
+                elif not math.isfinite(self._group_loss):
+                    continue
+                (loss * (own * processes.count / total) if own else loss).backward()
+        if not ran:
+            self._tell(total)
+        self.run.position.weight_sum += total
+
+    def _tell(self, weight: float) -> None:
+        """Add up the loss over all processes, before anything depends on it, and agree on what follows the step."""
+        loss, *signals = self.run.processes.add([self._group_loss, *map(float, self.ask())])
+        self.told = Signals(*(signal > 0.0 for signal in signals))
+        if not math.isfinite(loss):
+            raise self._nonfinite(f"the loss is {loss / weight}")
+        if self._on_cpu:
+            self.run.position.loss_sum += loss
 
     def probe(self, batch: Batch, precision: str) -> None:
         """Forward and backward of one batch, for timing."""
@@ -105,7 +183,7 @@ class Stepper:
         """
         if self._loss_sum is None:
             return
-        value = float(self._loss_sum)
+        [value] = self.run.processes.add([float(self._loss_sum)])
         if not math.isfinite(value):
             raise self._nonfinite("a loss since the last check was not finite")
         self.run.position.loss_sum = value
@@ -119,24 +197,32 @@ class Stepper:
         self.optimizer.load_state_dict(optimizer)
         self.schedule.load_state_dict(schedule)
 
-    def _loss(self, batch: Batch, precision: str) -> Tensor:
+    def _loss(
+        self, batch: Batch, precision: str, forward: Callable[[Inputs], Tensor] | None = None, counts: bool = True
+    ) -> Tensor:
+        """The mean loss; 0 where the samples do not count, with a gradient of 0 for all that trains."""
         inputs, targets = batch.inputs, _targets(batch)
         if not self._on_cpu:
             inputs = _to(inputs, self.device)
             targets = to_device(targets, self.device)
         if precision == "bf16":
             with torch.autocast(self.device.type, dtype=torch.bfloat16):
-                logits = self.call(self.run.model, inputs)
+                logits = self.call(self.run.model, inputs) if forward is None else forward(inputs)
         else:
-            logits = self.call(self.run.model, inputs)
-        loss = self.objective(logits, targets)
+            logits = self.call(self.run.model, inputs) if forward is None else forward(inputs)
+        loss = self.objective(logits, targets) if counts else logits.float().sum() * 0.0
         if not loss.requires_grad:
             raise ConfigError("the loss depends on no parameter that trains: check freeze and the model's forward")
         return loss
 
     def _count(self, loss: Tensor, weight: float) -> None:
         at = self.run.position
-        at.weight_sum += weight
+        if self._several and self._on_cpu:
+            value = float(loss.detach())
+            self._group_loss += value * weight if weight else value
+            return
+        if not self._several:
+            at.weight_sum += weight
         if self._loss_sum is not None:
             self._loss_sum += loss.detach().double() * weight
             return
@@ -161,6 +247,13 @@ def _targets(batch: Batch) -> Tensor:
     if batch.targets is None:
         raise ConfigError("training needs targets: a batch came without")
     return batch.targets
+
+
+def _whole_targets(batch: Batch) -> Tensor:
+    """The targets of all processes."""
+    if batch.share is None or batch.share.targets is None:
+        raise ConfigError("training in several processes needs batches that say whose share they are")
+    return batch.share.targets
 
 
 def _to(inputs: Inputs, device: torch.device) -> Inputs:

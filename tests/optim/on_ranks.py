@@ -286,10 +286,6 @@ class _Refused:
         optimizer.step()
 
     @staticmethod
-    def finetune() -> None:
-        pyft.finetune(net(), (torch.zeros(8, 7).numpy(), [0, 1] * 4))
-
-    @staticmethod
     def norms_of_copies() -> None:
         pyft.optim.AdamW(DistributedDataParallel(net()).parameters(), clip_norm=1.0, norm_in_backward=True)
 

@@ -294,7 +294,6 @@ def test_copies_skip_together(ranks: Ranks, value: float) -> None:
         ("whole_gradient", ["TypeError", "parameter 0 is a DTensor but its gradient a Tensor"]),
         ("norms_of_copies", ["ValueError", "norm_in_backward in several processes", "leave it off", "fully_shard"]),
         ("steps_of_copies", ["ValueError", "step_in_backward in several processes", "leave it off", "fully_shard"]),
-        ("finetune", ["ConfigError", "one of 4 (torch.distributed)", "instead of torchrun", "docs/distributed.md"]),
     ],
 )
 def test_what_is_refused(ranks: Ranks, action: str, words: list[str]) -> None:
