@@ -5,6 +5,10 @@
 
 #include "cpu_target.h"
 
+#if PYFT_X86_TARGETS
+#include <immintrin.h>
+#endif
+
 namespace pyft {
 namespace {
 
@@ -12,28 +16,8 @@ namespace {
 constexpr int64_t kSkew = 2 * kBlock;
 constexpr int64_t kTwoStreams = 8192;
 
-// The 8-bit moments of one block, and the bits of the largest size of each after the rule.
-struct Coded {
-  const int8_t* codes[kMoments] = {};
-  uint32_t lowest[kMoments] = {};
-  uint32_t largest[kMoments] = {};
-
-  PYFT_HOST_DEVICE float signed_at(int moment, int32_t i) const {
-    return decode_signed(codes[moment][i], lowest[moment]);
-  }
-  PYFT_HOST_DEVICE float unsigned_at(int moment, int32_t i) const {
-    return decode_unsigned(static_cast<uint8_t>(codes[moment][i]), lowest[moment]);
-  }
-};
-
-// Bits of floats without their sign are in the order of their sizes, and an integer maximum keeps NaN.
-PYFT_HOST_DEVICE uint32_t larger_size(uint32_t largest, float x) {
-  const uint32_t size = bits_of(x) & 0x7fffffffu;
-  return size > largest ? size : largest;
-}
-
-using RuleLoop = void (*)(float* param, const float* grad, Coded& coded, float* first, float* second, float* third,
-                          int32_t length, float grad_scale, const RuleStep& step);
+using RuleLoop = void (*)(float* param, const float* grad, float* first, float* second, float* third, int32_t length,
+                          float grad_scale, const RuleStep& step);
 
 bool is_plain(const TensorUpdate& t) {
   bool plain = t.weights == WeightFormat::fp32 && t.grad.format == FloatFormat::fp32 && t.row_factors == nullptr &&
@@ -54,7 +38,9 @@ bool is_plain(const TensorUpdate& t) {
 #if PYFT_X86_TARGETS
 #define PYFT_LOOPS avx2
 #define PYFT_LOOPS_TARGET PYFT_TARGET_AVX2
+#define PYFT_LOOPS_AVX2
 #include "update_loops.h"
+#undef PYFT_LOOPS_AVX2
 
 #define PYFT_LOOPS avx512
 #define PYFT_LOOPS_TARGET PYFT_TARGET_AVX512
