@@ -376,7 +376,7 @@ def _note_indices(module: nn.Module) -> None:
             "blocks": blocks,
             "block_size": entries.block_size,
             "block_places": block_places,
-            "block_channels": None if blocks is None else channels_of_blocks(block_places, entries.block_size[1]),
+            "block_channels": None if block_places is None else channels_of_blocks(block_places, entries.block_size[1]),
             "places": places,
         }
 

@@ -53,7 +53,7 @@ class Net(nn.Module):
 
     def __init__(self, outputs: int = CLASSES, norm: bool = False, at: int = 0, act: Any = None) -> None:
         super().__init__()
-        self.body = nn.Sequential(Counted(FEATURES, 16), nn.BatchNorm1d(16) if norm else nn.Tanh(), nn.Tanh())
+        self.body = nn.Sequential(nn.Linear(FEATURES, 16), nn.BatchNorm1d(16) if norm else nn.Tanh(), nn.Tanh())
         self.spare = nn.Linear(4, 4)
         self.head = nn.Linear(16, outputs)
         self.at, self.act, self.passes = at, act, 0
@@ -120,6 +120,7 @@ def cached(folder: Path, cache: str) -> tuple[int, int, dict[str, Any]]:
     os.environ["PYFT_CACHE_DIR"] = str(folder)
     torch.manual_seed(0)
     net = Net()
+    net.body[0].__class__ = Counted
     try:
         result = tune(folder / "run", net, strategy="head", head="head", cache_features=cache)
     finally:
