@@ -339,7 +339,7 @@ BUGS["masked_rows"] = {
     "every lane writes the sum": Bug(MASKED, "slot[u] >= 0 && ", "lane % tiling.across == 0", "true", "race|wrong"),
     "a slab is the image alone": Bug(MASKED, "(place.image * tiling.tiles + ", "place.tile", "0", "race|wrong: sums"),
     "the rest of the slabs is left out": Bug(
-        MASKED, "const int64_t end = ", "(group + 1) * each < slabs", "true", "wrong: sums"
+        MASKED, "const int64_t end = ", "(group + 1) * each < slabs", "true", "race|wrong: sums"
     ),
     "sums of threads are read before they are there": Bug(
         MASKED,
