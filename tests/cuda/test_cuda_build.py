@@ -27,9 +27,12 @@ STORES_FEW = {"sum_kernel", "largest_kernel", "row_norms_kernel"}
 # Planes that do not begin at 16 bytes, element by element.
 ONE_AT_A_TIME = "Li1E"
 # Ops of the CPU core that the CUDA core does not have, and why.
+PACKED = "a GPU's own libraries pack as they multiply; it serves CPUs on which torch's product stays below the peak"
 CPU_ALONE = {
+    "pyft::pack_linear": PACKED,
+    "pyft::packed_linear": PACKED,
     "pyft::partial_weight_gradient": "on a GPU gather_columns gathers the chosen rows in one kernel, with their sums, "
-    "and cuBLAS multiplies them through torch's mm: no gather inside of a matrix product is measured faster"
+    "and cuBLAS multiplies them through torch's mm: no gather inside of a matrix product is measured faster",
 }
 # In the mangled name of kernels that write one bit for each element and nothing else.
 WRITES_BITS = "TestRule"
