@@ -15,6 +15,7 @@ from pyft.ops.clip import agc_grads_, clamp_grads_, scale_grads_
 from pyft.ops.grad_norm import grad_norm
 from pyft.ops.masked_rows import gather_channels, gather_columns, write_part_
 from pyft.ops.max_pool import max_pool_backward, max_pool_offsets
+from pyft.ops.packed_linear import pack_linear, packed_linear
 from pyft.ops.partial import partial_embedding, partial_linear
 from pyft.ops.partial_conv import partial_conv
 from pyft.ops.update import update_
@@ -33,6 +34,8 @@ __all__ = [
     "max_pool_offsets",
     "pack_bits",
     "pack_bools",
+    "pack_linear",
+    "packed_linear",
     "partial_conv",
     "partial_embedding",
     "partial_linear",

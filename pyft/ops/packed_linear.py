@@ -75,10 +75,18 @@ def packed_linear(input: Tensor, packed: Tensor, bias: Tensor | None, outputs: i
     Returns:
         (..., O).
 
+    Raises:
+        RuntimeError: a gradient is wanted.
+
     >>> weight = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     >>> packed_linear(torch.tensor([[1.0, 1.0]]), pack_linear(weight), None, 2)
     tensor([[3., 7.]])
     """
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, packed, bias)):
+        raise RuntimeError(
+            "packed_linear has no gradient, but input, packed or bias requires one: call it under torch.no_grad(), or use "
+            "torch.nn.functional.linear"
+        )
     rows = input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
     if rows.shape[1] > 1 and rows.stride(1) != 1:
         rows = rows.contiguous()

@@ -106,6 +106,14 @@ def test_errors_name_the_argument(core, change: dict[str, object], message: str)
         torch.ops.pyft.packed_linear(**{**given, **change})
 
 
+def test_a_gradient_is_refused(core) -> None:
+    x, packed = torch.randn(2, 8, requires_grad=True), pack_linear(torch.randn(4, 8))
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        packed_linear(x, packed, None, 4)
+    with torch.no_grad():
+        assert packed_linear(x, packed, None, 4).shape == (2, 4)
+
+
 def test_opcheck_and_reference(core) -> None:
     x, weight, bias = layer(9, 20, 18)
     tests = ("test_schema", "test_faketensor")
