@@ -84,8 +84,8 @@ def packed_linear(input: Tensor, packed: Tensor, bias: Tensor | None, outputs: i
     """
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, packed, bias)):
         raise RuntimeError(
-            "packed_linear has no gradient, but input, packed or bias requires one: call it under torch.no_grad(), or use "
-            "torch.nn.functional.linear"
+            "packed_linear has no gradient, but input, packed or bias requires one: call it under torch.no_grad(), or "
+            "use torch.nn.functional.linear"
         )
     rows = input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
     if rows.shape[1] > 1 and rows.stride(1) != 1:
