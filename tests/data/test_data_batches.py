@@ -300,7 +300,7 @@ def test_bad_image_stops_the_epoch(flowers: Samples, tmp_path: Path) -> None:
         (numbers(4), "resize", {"batch_size": 2}, "expected a function of one sample, got str"),
         (words(4), None, {"batch_size": 2}, r"texts need TextPreprocess\.from_folder"),
         (words(4), Letters(), {"batch_size": 2, "augment": "flip"}, "texts cannot be changed"),
-        (Samples("image", [Path("x.png")], None), None, {"batch_size": 2}, "images need ImagePreprocess"),
+        (Samples("image", [Path("x.png")], None), None, {"batch_size": 2}, "images need pyft.ImagePreprocess"),
     ],
 )
 def test_what_does_not_fit(samples: Samples, preprocess: Any, options: dict[str, Any], expected: str) -> None:

@@ -159,9 +159,9 @@ def test_texts_and_labels() -> None:
     data = load_data((["a b", "c d", "e", "f"], ["x", "y", "x", "y"]), val=0)
     assert (data.kind, data.classes) == ("text", ["x", "y"])
     assert load_data((np.array(["a b", "c d"]), [0, 1]), val=0).kind == "text"
-    with pytest.raises(DataError, match=r"the task asks for image inputs|2 of 2 image files missing"):
+    with pytest.raises(DataError, match=r"the task or model takes image inputs|2 of 2 image files missing"):
         load_data((["a b", "c d"], [0, 1]), task="image-classification")
-    with pytest.raises(DataError, match="the task asks for array inputs, but X holds texts"):
+    with pytest.raises(DataError, match="the task or model takes array inputs, but X holds texts"):
         load_data((["a b", "c d"], [0, 1]), task="tabular-classification")
     with pytest.raises(DataError, match=r"X \(train\): 2 of 3 texts blank, first at row 1"):
         check_data(load_data((["a", " ", ""], [0, 1, 0]), val=0))
@@ -202,7 +202,7 @@ def test_dict_of_sets() -> None:
         load_data({"val": (X, Y)})
     with pytest.raises(DataError, match=r"samples have shape \(1,\), the training samples \(2,\)"):
         load_data({"train": (X, Y), "val": (X[:, :1], Y)})
-    with pytest.raises(DataError, match=r"holds text inputs, the training data array inputs|the task asks for array"):
+    with pytest.raises(DataError, match=r"holds text inputs, the training data array inputs|the task or model takes array"):
         load_data({"train": (X, Y), "val": (["a", "b"], [0, 1])})
     with pytest.raises(DataError, match="expected one set, got a dict"):
         load_samples({"test": (X, Y)}, kind="array", problem="classification", classes=["0", "1"])
