@@ -149,7 +149,7 @@ def test_stopped_before_the_first_checkpoint(
     def stop(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(importlib.import_module("pyft.finetune"), "freeze_for", stop)
+    monkeypatch.setattr(importlib.import_module("pyft.shared_run"), "freeze_for", stop)
     with pytest.raises(KeyboardInterrupt, match="nothing is lost"):
         job()["run"](out)
     monkeypatch.undo()

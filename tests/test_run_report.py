@@ -199,4 +199,4 @@ def test_explain_in_the_shell(
         assert main([*words, f"--row={row}"]) == 2
         assert "holds 5 samples" in capsys.readouterr().err
     assert main([*words, "--target", "other"]) == 2
-    assert "target='other'" in capsys.readouterr().err
+    assert "--target other" in capsys.readouterr().err

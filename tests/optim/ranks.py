@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -20,6 +21,8 @@ TIMEOUT = 30
 def _serve(rank: int, world: int, store: str, pipe: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+    # A shell's background job ignores it, and so would its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     file = torch.distributed.FileStore(store, world)
     torch.distributed.init_process_group(
         "gloo", store=file, rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT)
