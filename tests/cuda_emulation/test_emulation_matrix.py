@@ -27,6 +27,7 @@ MATRIX = (
     "tests/optim/test_optim_device.py",
     "tests/optim/test_optim_graph.py",
     "tests/freezing/test_freezing_lean_calls.py",
+    "tests/freezing/test_freezing_lean_dropout.py",
     "tests/freezing/test_freezing_lean_layers.py",
 )
 # Under sanitizers a test takes many times as long: the update's own tests, of all rules and formats, are left out.

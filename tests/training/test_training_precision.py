@@ -11,6 +11,7 @@ from torch import nn
 
 from pyft.errors import ConfigError
 from pyft.freezing.no_trace import no_trace
+from pyft.job import autocast
 from pyft.training import precision
 from pyft.training.precision import bf16_hardware, choose_precision
 
@@ -97,3 +98,30 @@ def test_a_probe_leaves_no_trace() -> None:
     assert model[0].weight.grad is None
     assert model[3].weight.grad is grad
     assert torch.equal(grad, torch.ones(2, 4))
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "fp32")])
+def test_a_gpu_with_bf16_units_is_asked(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(precision, "_time_both", lambda *args: (1.0, 0.5))
+    device = torch.device("cuda", 0)
+    chosen, reason = choose_precision("auto", device, lambda name: None)
+    assert chosen == expected
+    assert reason is not None
+    assert ("GPU" if expected == "bf16" else "this cuda has no bf16 units") in reason
+
+
+def test_autocast_of_a_run_is_that_of_its_device() -> None:
+    before = torch.is_autocast_enabled("cpu")
+    with autocast(torch.device("cuda", 0), "bf16"):
+        if torch.cuda.is_available():
+            assert torch.is_autocast_enabled("cuda")
+            assert torch.get_autocast_dtype("cuda") == torch.bfloat16
+        assert torch.is_autocast_enabled("cpu") == before
+    with autocast(CPU, "bf16"):
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+        assert torch.is_autocast_enabled("cpu")
+    with autocast(CPU, "fp32"):
+        assert not torch.is_autocast_enabled("cpu")
