@@ -1,10 +1,10 @@
-// Loops of a Linear layer with a packed weight. Included once for each CPU target, with PYFT_LOOPS, a namespace,
-// PYFT_LOOPS_TARGET, an attribute, PYFT_LOOPS_LANES, floats in a register, PYFT_LOOPS_HEIGHT, rows of a tile, and
-// PYFT_LOOPS_FMA(a, b, c) defined; there is no include guard.
+// Loops of a Linear layer with a packed weight, for product_targets.h; there is no include guard.
 
 namespace pyft::PYFT_LOOPS {
 
-constexpr int kTileHeight = PYFT_LOOPS_HEIGHT, kVecs = kPanelWidth / PYFT_LOOPS_LANES;
+// Rows of a tile: as many sums as there are registers for.
+constexpr int kTileHeight = PYFT_LOOPS_LANES == 16 ? 12 : PYFT_LOOPS_LANES == 8 ? 6 : 2;
+constexpr int kVecs = kPanelWidth / PYFT_LOOPS_LANES;
 
 typedef float Vec __attribute__((vector_size(4 * PYFT_LOOPS_LANES)));
 typedef float Unaligned __attribute__((vector_size(4 * PYFT_LOOPS_LANES), aligned(4), may_alias));
@@ -90,9 +90,3 @@ void multiply(const PackedLinear& work, int64_t first_token, int64_t last_token,
 }
 
 }  // namespace pyft::PYFT_LOOPS
-
-#undef PYFT_LOOPS
-#undef PYFT_LOOPS_TARGET
-#undef PYFT_LOOPS_LANES
-#undef PYFT_LOOPS_HEIGHT
-#undef PYFT_LOOPS_FMA

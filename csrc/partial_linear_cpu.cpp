@@ -7,10 +7,6 @@
 
 #include "cpu_target.h"
 
-#if PYFT_X86_TARGETS
-#include <immintrin.h>
-#endif
-
 namespace pyft {
 namespace {
 
@@ -47,28 +43,8 @@ struct Ahead {
 }  // namespace
 }  // namespace pyft
 
-#define PYFT_LOOPS baseline
-#define PYFT_LOOPS_TARGET
-#define PYFT_LOOPS_LANES 4
-#define PYFT_LOOPS_HEIGHT 6
-#define PYFT_LOOPS_FMA(a, b, c) ((a) * (b) + (c))
-#include "partial_linear_loops.h"
-
-#if PYFT_X86_TARGETS
-#define PYFT_LOOPS avx2
-#define PYFT_LOOPS_TARGET PYFT_TARGET_AVX2
-#define PYFT_LOOPS_LANES 8
-#define PYFT_LOOPS_HEIGHT 6
-#define PYFT_LOOPS_FMA(a, b, c) (Vec) _mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c))
-#include "partial_linear_loops.h"
-
-#define PYFT_LOOPS avx512
-#define PYFT_LOOPS_TARGET PYFT_TARGET_AVX512
-#define PYFT_LOOPS_LANES 16
-#define PYFT_LOOPS_HEIGHT 12
-#define PYFT_LOOPS_FMA(a, b, c) (Vec) _mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c))
-#include "partial_linear_loops.h"
-#endif
+#define PYFT_LOOPS_FILE "partial_linear_loops.h"
+#include "product_targets.h"
 
 namespace pyft {
 namespace {

@@ -1,10 +1,8 @@
-// Loops of the gradient of chosen rows. Included once for each CPU target, with PYFT_LOOPS, a namespace,
-// PYFT_LOOPS_TARGET, an attribute, PYFT_LOOPS_LANES, floats in a register, PYFT_LOOPS_HEIGHT, rows of a tile, and
-// PYFT_LOOPS_FMA(a, b, c) defined; there is no include guard.
+// Loops of the gradient of chosen rows, for product_targets.h; there is no include guard.
 
 namespace pyft::PYFT_LOOPS {
 
-constexpr int kVecs = 2, kTileHeight = PYFT_LOOPS_HEIGHT, kPanel = kVecs * PYFT_LOOPS_LANES;
+constexpr int kVecs = 2, kTileHeight = PYFT_LOOPS_LANES == 16 ? 12 : 6, kPanel = kVecs * PYFT_LOOPS_LANES;
 
 typedef float Vec __attribute__((vector_size(4 * PYFT_LOOPS_LANES)));
 typedef float Unaligned __attribute__((vector_size(4 * PYFT_LOOPS_LANES), aligned(4), may_alias));
@@ -111,9 +109,3 @@ void strip_gradient(const PartialGradient& work, const float* packed, int64_t st
 }
 
 }  // namespace pyft::PYFT_LOOPS
-
-#undef PYFT_LOOPS
-#undef PYFT_LOOPS_TARGET
-#undef PYFT_LOOPS_LANES
-#undef PYFT_LOOPS_HEIGHT
-#undef PYFT_LOOPS_FMA
