@@ -5,6 +5,7 @@
 #include "cpu_target.h"
 #include "held_state.h"
 #include "plan_bindings.h"
+#include "python_tensors.h"
 #include "update_plan.h"
 
 namespace py = pybind11;
@@ -15,7 +16,19 @@ pyft::UpdatePlan make_plan(const py::list& params, std::vector<int64_t> present,
                            std::vector<int64_t> groups, std::vector<int64_t> numbers, std::vector<bool> fresh,
                            int64_t seed, const std::string& weights) {
   return pyft::UpdatePlan(pyft::plan_input(params, std::move(present), state, std::move(groups), std::move(numbers),
-                                           std::move(fresh), seed, weights));
+                                    std::move(fresh), seed, weights));
+}
+
+// held: what the gradients come from, if it is they as they came, or None. same_state: state is where it was.
+py::object set_gradients(pyft::UpdatePlan& plan, const py::list& grads, const pyft::HeldState* held, bool same_state) {
+  std::vector<int64_t> to_be_copied;
+  bool fits = false;
+  if (const std::vector<pyft::TensorView>* views = held == nullptr ? nullptr : held->views_of(grads)) {
+    fits = plan.set_gradients(*views, to_be_copied, same_state);
+  } else {
+    fits = plan.set_gradients(pyft::PythonTensors(grads).views(), to_be_copied, same_state);
+  }
+  return fits ? py::cast(to_be_copied) : py::none();
 }
 
 const std::vector<double>& sums_of_squares(pyft::UpdatePlan& plan, std::optional<double> clip_value,
@@ -120,16 +133,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("sum_of_squares", &sum_of_squares, py::arg("handle"), py::arg("clip_value"));
   module.def("elements", &elements, py::arg("handles"), py::arg("places"));
   py::class_<pyft::HeldState>(module, "HeldState")
-      .def(py::init<const py::list&, std::vector<int64_t>, py::dict, const py::list&>())
-      .def("gradients", &pyft::HeldState::gradients);
+      .def(py::init([](const py::list& params, std::vector<int64_t> groups, const py::dict& state,
+                       const py::list& keys, const py::list& handles) {
+        return pyft::HeldState(params, std::move(groups), state, keys, pyft::borrow(handles));
+      }))
+      .def("gradients", &pyft::HeldState::gradients)
+      .def("increment_versions", &pyft::HeldState::increment_versions);
   py::class_<pyft::UpdatePlan>(module, "UpdatePlan")
       .def(py::init(&make_plan))
       .def("set_gradients",
-           [](pyft::UpdatePlan& plan, const py::list& grads) -> py::object {
-             std::vector<int64_t> to_be_copied;
-             const bool fits = plan.set_gradients(pyft::borrow(grads), to_be_copied);
-             return fits ? py::cast(to_be_copied) : py::none();
-           })
+           &set_gradients, py::arg("grads"), py::arg("held"), py::arg("same_state"))
       .def("sums_of_squares", &sums_of_squares)
       .def("clip_rows", &clip_rows)
       .def("has_rows", &pyft::UpdatePlan::has_rows)

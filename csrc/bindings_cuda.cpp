@@ -92,7 +92,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       .def("set_gradients",
            [](pyft::CudaUpdatePlan& plan, const py::list& grads) -> py::object {
              std::vector<int64_t> to_be_copied;
-             const bool fits = plan.set_gradients(pyft::borrow(grads), to_be_copied);
+             const pyft::OwnedHandles handles = pyft::borrow(grads);
+             const bool fits = plan.set_gradients(pyft::views_of(handles), to_be_copied);
              return fits ? py::cast(to_be_copied) : py::none();
            })
       .def("has_rows", &pyft::CudaUpdatePlan::has_rows)

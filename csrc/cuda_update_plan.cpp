@@ -87,11 +87,11 @@ void CudaUpdatePlan::point_at(DeviceTensor& record, Slot slot, void* data) {
   }
 }
 
-bool CudaUpdatePlan::set_gradients(const OwnedHandles& grads, std::vector<int64_t>& to_be_copied) {
-  return look_at_all(tensors_, grads, fits_, to_be_copied, [&](size_t i) {
+bool CudaUpdatePlan::set_gradients(const std::vector<TensorView>& grads, std::vector<int64_t>& to_be_copied) {
+  return look_at_all(tensors_, grads.size(), false, fits_, to_be_copied, [&](size_t i) {
     DeviceTensor& record = records_[i];
     return tensors_.look_at(
-        i, grads[i], [&](void* data) { record.param = data; },
+        i, grads[i], false, [&](void* data) { record.param = data; },
         [&](Slot slot, void* data) { point_at(record, slot, data); },
         [&](const void* data, FloatFormat format) { grads_[i] = {data, static_cast<int64_t>(format)}; });
   });

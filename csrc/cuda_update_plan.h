@@ -49,7 +49,7 @@ class CudaUpdatePlan {
   CudaUpdatePlan(PlanInput input, torch::stable::Tensor decision);
 
   // As that of UpdatePlan.
-  bool set_gradients(const OwnedHandles& grads, std::vector<int64_t>& to_be_copied);
+  bool set_gradients(const std::vector<TensorView>& grads, std::vector<int64_t>& to_be_copied);
   bool has_rows() const { return tensors_.has_rows(); }
 
   // The first half of a step: norms, and unless `others` are waited for, the decision. `lrs`: learning rates that are

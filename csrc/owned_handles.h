@@ -96,14 +96,38 @@ inline std::optional<FloatFormat> float_format(int32_t dtype) {
   return dtype == fp16 ? std::optional(FloatFormat::fp16) : std::nullopt;
 }
 
-// Fetches what view_of will read. Only a hint: the record's address is the first word behind the handle, and if that
-// should change in another torch, a prefetch of any address does no harm.
-inline void fetch_record(AtenTensorHandle tensor) {
-  const char* record = *reinterpret_cast<const char* const*>(tensor);
-  for (int line = 0; line < 4; ++line) {
-    __builtin_prefetch(record + 64 * line);
+inline std::vector<TensorView> views_of(const OwnedHandles& tensors) {
+  std::vector<TensorView> views(tensors.size());
+  for (size_t i = 0; i < views.size(); ++i) {
+    views[i] = view_of(tensors[i]);
   }
+  return views;
 }
+
+// Where torch keeps what view_of reads, so that it can be fetched before it is read: nothing is taken from there. Only
+// a hint: the record's address is the first word behind the handle, and addresses of what belongs to it are among the
+// first words of the record. If that should change in another torch, a prefetch of any address does no harm.
+class Record {
+ public:
+  // The tensor must outlive this.
+  explicit Record(AtenTensorHandle tensor) : Record(*reinterpret_cast<const char* const*>(tensor)) {}
+  explicit Record(const char* record) : record_(record) {}
+
+  void fetch() const {
+    for (int line = 0; line < 4; ++line) {
+      __builtin_prefetch(record_ + 64 * line);
+    }
+  }
+  // Reads the record, which should have been fetched.
+  void fetch_storage() const { __builtin_prefetch(word(2) + 16); }
+  void fetch_autograd() const { __builtin_prefetch(word(3)); }
+  void fetch_version() const { __builtin_prefetch(word(5)); }
+
+ private:
+  const char* word(int place) const { return reinterpret_cast<const char* const*>(record_)[place]; }
+
+  const char* record_;
+};
 
 inline bool is_one_number(const TensorView& t) {
   for (int64_t d = 0; d < t.dim; ++d) {

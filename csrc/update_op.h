@@ -54,14 +54,12 @@ template <class Plan>
 void give_gradients(Plan& plan, const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
                     const char* where) {
   check_same_count(params.size(), "params", grads.size(), "grads");
-  OwnedHandles handles(grads.size());
+  std::vector<TensorView> views(grads.size());
   for (size_t i = 0; i < grads.size(); ++i) {
-    AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(grads[i].get(), &handle));
-    handles.take(handle);
+    views[i] = view_of(grads[i].get());
   }
   std::vector<int64_t> to_be_copied;
-  STD_TORCH_CHECK(plan.set_gradients(handles, to_be_copied), "a parameter does not fit its state");
+  STD_TORCH_CHECK(plan.set_gradients(views, to_be_copied), "a parameter does not fit its state");
   if (!to_be_copied.empty()) {
     const size_t i = to_be_copied[0];
     check_same_layout(params[i], "params", grads[i], "grads", i);

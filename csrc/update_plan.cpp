@@ -34,7 +34,7 @@ void fetch_chunk(const TensorUpdate& update, const Chunk& chunk) {
 UpdatePlan::UpdatePlan(PlanInput input)
     : numbers_(input.numbers),
       seed_(input.seed),
-      fresh_(input.fresh),
+      fresh_(input.fresh.begin(), input.fresh.end()),
       tensors_(input, aoti_torch_device_type_cpu(), "on the CPU"),
       table_(cut_into_chunks(tensors_.numels())) {
   fresh_.resize(tensors_.size(), false);
@@ -69,11 +69,12 @@ void UpdatePlan::point_at(TensorUpdate& update, size_t i, Slot slot, void* data)
   }
 }
 
-bool UpdatePlan::set_gradients(const OwnedHandles& grads, std::vector<int64_t>& to_be_copied) {
-  return look_at_all(tensors_, grads, fits_, to_be_copied, [&](size_t i) {
+bool UpdatePlan::set_gradients(const std::vector<TensorView>& grads, std::vector<int64_t>& to_be_copied,
+                               bool same_state) {
+  return look_at_all(tensors_, grads.size(), same_state, fits_, to_be_copied, [&](size_t i) {
     TensorUpdate& update = updates_[i];
     return tensors_.look_at(
-        i, grads[i], [&](void* data) { update.param = data; },
+        i, grads[i], same_state, [&](void* data) { update.param = data; },
         [&](Slot slot, void* data) { point_at(update, i, slot, data); },
         [&](const void* data, FloatFormat format) { update.grad = {data, format}; });
   });
@@ -154,31 +155,82 @@ int64_t UpdatePlan::first_nonfinite() const {
   return -1;
 }
 
-// Neighbours mostly share group and step count: two pow() a tensor would cost more than a small tensor's update.
-void UpdatePlan::fill_constants(const std::vector<RuleHyper>& groups, const std::vector<double>& scales,
-                                float clip_value) {
+// What a tensor's constants are made of. Two pow() a tensor would cost more than a small tensor's update, so those of a
+// group's first tensor serve all that count as it does.
+struct UpdatePlan::StepNumbers {
+  const std::vector<RuleHyper>& groups;
+  const std::vector<double>& scales;
+  float clip_value;
+  bool advance;
+  struct Constants {
+    double count = -1.0;
+    bool fresh = false;
+    RuleStep step{};
+  };
+  std::vector<Constants> of_group;
+};
+
+double UpdatePlan::next_count(size_t i, bool advance) const {
+  return counts_[i] == nullptr ? 1.0 : *counts_[i] + (advance ? 1.0f : 0.0f);
+}
+
+UpdatePlan::StepNumbers UpdatePlan::numbers_of_step(const std::vector<RuleHyper>& groups,
+                                                    const std::vector<double>& scales, float clip_value,
+                                                    bool advance) {
+  std::vector<Rule> rules;
+  for (const RuleHyper& group : groups) {
+    rules.push_back(group.rule);
+  }
+  StepNumbers numbers{groups, scales, clip_value, advance, std::vector<StepNumbers::Constants>(groups.size())};
   for (size_t i = 0; i < updates_.size(); ++i) {
-    TensorUpdate& update = updates_[i];
-    const RuleHyper& group = groups.at(tensors_.group(i));
-    const double count = counts_[i] == nullptr ? 1.0 : *counts_[i];
-    const RuleInfo& info = kRuleInfo[static_cast<int>(group.rule)];
-    tensors_.check_state(i, info);
-    for (int k = 0; k < kMoments; ++k) {
-      update.moments[k].is_signed = info.is_signed[k];
+    const int64_t g = tensors_.group(i);
+    const RuleHyper& group = groups.at(g);
+    if (rules != checked_rules_) {
+      tensors_.check_state(i, kRuleInfo[static_cast<int>(group.rule)]);
     }
-    const bool alike = i > 0 && tensors_.group(i) == tensors_.group(i - 1) && fresh_[i] == fresh_[i - 1];
-    if (alike && count == (counts_[i - 1] == nullptr ? 1.0 : *counts_[i - 1])) {
-      update.step = updates_[i - 1].step;
-    } else {
-      update.step = step_constants(group, count, fresh_[i], LibraryPower{});
+    if (numbers.of_group[g].count < 0.0) {
+      const double count = next_count(i, advance);
+      numbers.of_group[g] = {count, fresh_[i], step_constants(group, count, fresh_[i], LibraryPower{})};
     }
-    update.rule = group.rule;
-    const double scale = scales.size() == 1 ? scales[0] : scales[i];
-    update.grad_scale = static_cast<float>(group.maximize() ? -scale : scale);
-    update.clip_value = clip_value;
-    update.init_pull = update.init.data == nullptr ? 0.0f : init_pull(group);
-    update.key =
-        random_key(static_cast<uint64_t>(seed_), static_cast<uint64_t>(numbers_[i]), static_cast<uint64_t>(count));
+  }
+  checked_rules_ = std::move(rules);
+  return numbers;
+}
+
+// Advances the counter of one tensor and fills in the constants of its step.
+void UpdatePlan::prepare(size_t i, const StepNumbers& numbers) {
+  TensorUpdate& update = updates_[i];
+  const RuleHyper& group = numbers.groups[tensors_.group(i)];
+  const double count = next_count(i, numbers.advance);
+  if (numbers.advance && counts_[i] != nullptr) {
+    *counts_[i] = static_cast<float>(count);
+  }
+  for (int k = 0; k < kMoments; ++k) {
+    update.moments[k].is_signed = kRuleInfo[static_cast<int>(group.rule)].is_signed[k];
+  }
+  const StepNumbers::Constants& known = numbers.of_group[tensors_.group(i)];
+  update.step = known.count == count && known.fresh == (fresh_[i] != 0)
+                    ? known.step
+                    : step_constants(group, count, fresh_[i] != 0, LibraryPower{});
+  update.rule = group.rule;
+  const double scale = numbers.scales.size() == 1 ? numbers.scales[0] : numbers.scales[i];
+  update.grad_scale = static_cast<float>(group.maximize() ? -scale : scale);
+  update.clip_value = numbers.clip_value;
+  update.init_pull = update.init.data == nullptr ? 0.0f : init_pull(group);
+  update.key =
+      random_key(static_cast<uint64_t>(seed_), static_cast<uint64_t>(numbers_[i]), static_cast<uint64_t>(count));
+}
+
+// Begins to load what a chunk that is next will ask for first.
+void UpdatePlan::fetch_next(size_t c) const {
+  if (c + 2 < table_.chunks.size()) {
+    const int64_t tensor = table_.chunks[c + 2].tensor;
+    __builtin_prefetch(counts_[tensor]);
+    __builtin_prefetch(&updates_[tensor]);
+    __builtin_prefetch(reinterpret_cast<const char*>(&updates_[tensor]) + 64);
+  }
+  if (c + 1 < table_.chunks.size() && table_.chunks[c].length <= kShortChunk) {
+    fetch_chunk(updates_[table_.chunks[c + 1].tensor], table_.chunks[c + 1]);
   }
 }
 
@@ -187,14 +239,13 @@ void UpdatePlan::step(const std::vector<RuleHyper>& groups, const std::vector<do
   STD_TORCH_CHECK(scales.size() == 1 || scales.size() == updates_.size(), "scales has ", scales.size(),
                   " numbers, expected 1 or ", updates_.size());
   cpu_target();  // an unusable PYFT_CPU_TARGET is reported here, not inside the parallel region
-  if (advance) {
-    for (float* count : counts_) {
-      if (count != nullptr) {
-        *count += 1.0f;
-      }
+  const StepNumbers numbers = numbers_of_step(groups, scales, clip_value, advance);
+  // A tensor of one chunk is prepared by the thread that updates it.
+  for (size_t i = 0; i < updates_.size(); ++i) {
+    if (chunks_of_[i] != 1) {
+      prepare(i, numbers);
     }
   }
-  fill_constants(groups, scales, clip_value);
   std::unique_ptr<std::atomic<int64_t>[]> left;
   if (free != nullptr) {
     left = std::make_unique<std::atomic<int64_t>[]>(updates_.size());
@@ -204,8 +255,9 @@ void UpdatePlan::step(const std::vector<RuleHyper>& groups, const std::vector<do
   }
   for_each_chunk(table_, [&](int64_t c) {
     const Chunk& chunk = table_.chunks[c];
-    if (c + 1 < static_cast<int64_t>(table_.chunks.size()) && chunk.length <= kShortChunk) {
-      fetch_chunk(updates_[table_.chunks[c + 1].tensor], table_.chunks[c + 1]);
+    fetch_next(c);
+    if (chunks_of_[chunk.tensor] == 1) {
+      prepare(chunk.tensor, numbers);
     }
     update_cpu(updates_[chunk.tensor], chunk.offset, chunk.length);
     if (free != nullptr && --left[chunk.tensor] == 0) {

@@ -25,7 +25,9 @@ class UpdatePlan {
   // Looks at this step's gradients, and again at parameters and state: `tensor.data = other` moves any of them.
   // False: one no longer fits, build a new plan. `to_be_copied` gets the numbers of gradients of another layout than
   // their parameter's, or another dtype or device than the core takes.
-  bool set_gradients(const OwnedHandles& grads, std::vector<int64_t>& to_be_copied);
+  // With `same_state` state tensors are known to be where they were.
+  bool set_gradients(const std::vector<TensorView>& grads, std::vector<int64_t>& to_be_copied,
+                     bool same_state = false);
 
   // Sum of squares of each gradient, clamped to [-clip_value, clip_value]. Sums that are known already are given, NaN
   // stands for unknown; an empty list for none known.
@@ -52,17 +54,25 @@ class UpdatePlan {
 
  private:
   void point_at(TensorUpdate& update, size_t i, Slot slot, void* data);
-  void fill_constants(const std::vector<RuleHyper>& groups, const std::vector<double>& scales, float clip_value);
+  struct StepNumbers;
+  StepNumbers numbers_of_step(const std::vector<RuleHyper>& groups, const std::vector<double>& scales,
+                              float clip_value, bool advance);
+  double next_count(size_t i, bool advance) const;
+  void prepare(size_t i, const StepNumbers& numbers);
+  void fetch_next(size_t c) const;
   Rows rows_of(size_t i, FloatData data) const;
 
   std::vector<int64_t> numbers_;
   int64_t seed_;
-  std::vector<bool> fresh_;
+  // Whether moments were made for the next step. Read by several threads.
+  std::vector<char> fresh_;
   PlanTensors tensors_;
   ChunkTable table_;
   std::vector<int64_t> chunks_of_;
   std::vector<TensorUpdate> updates_;
   std::vector<float*> counts_;
+  // Of each group, when the state was last checked.
+  std::vector<Rule> checked_rules_;
   std::vector<Fit> fits_;
   std::vector<double> partial_, sums_;
   std::vector<std::vector<float>> row_factors_;

@@ -158,25 +158,31 @@ class PlanTensors {
     return true;
   }
 
-  // Begins to load what look_at(i) will read.
-  void fetch(size_t i) const {
-    fetch_record(params_[i].get());
-    for (size_t h = held_begin_[i]; h < held_begin_[i + 1]; ++h) {
-      fetch_record(held_[h].tensor.get());
+  // Begins to load what look_at(i) will read: first the records, then, when these are there, where their memory is.
+  void fetch_records(size_t i, bool same_state) const {
+    records_[i].fetch();
+    for (size_t h = held_begin_[i]; !same_state && h < held_begin_[i + 1]; ++h) {
+      held_[h].record.fetch();
+    }
+  }
+  void fetch_storages(size_t i, bool same_state) const {
+    records_[i].fetch_storage();
+    for (size_t h = held_begin_[i]; !same_state && h < held_begin_[i + 1]; ++h) {
+      held_[h].record.fetch_storage();
     }
   }
 
   // Where parameter i, its state and its gradient are now: calls param(address), state(slot, address) and
-  // gradient(address, format).
+  // gradient(address, format). With `same_state` the state is known to be where it was.
   template <class Param, class State, class Gradient>
-  Fit look_at(size_t i, AtenTensorHandle handle, const Param& param, const State& state,
+  Fit look_at(size_t i, const TensorView& grad, bool same_state, const Param& param, const State& state,
               const Gradient& gradient) const {
     const TensorView view = view_of(params_[i].get());
     if (view.dtype != dtypes_[i] || !is_here(view) || !has_layout(view, layouts_[i])) {
       return Fit::not_at_all;
     }
     param(view.data);
-    for (size_t h = held_begin_[i]; h < held_begin_[i + 1]; ++h) {
+    for (size_t h = held_begin_[i]; !same_state && h < held_begin_[i + 1]; ++h) {
       const Held& held = held_[h];
       const TensorView of_state = view_of(held.tensor.get());
       if (of_state.dtype != held.dtype || !is_here(of_state)) {
@@ -190,7 +196,6 @@ class PlanTensors {
         return Fit::not_at_all;
       }
     }
-    const TensorView grad = view_of(handle);
     const std::optional<FloatFormat> format = float_format(grad.dtype);
     gradient(grad.data, format.value_or(FloatFormat::fp32));
     return format.has_value() && is_here(grad) && same_layout(view, grad) ? Fit::as_it_is : Fit::to_be_copied;
@@ -218,6 +223,7 @@ class PlanTensors {
   // What a tensor of the state must be.
   struct Held {
     Tensor tensor;
+    Record record;
     Slot slot;
     int32_t dtype;
     int64_t numel;
@@ -240,6 +246,7 @@ class PlanTensors {
                     " must be a dense float32, bfloat16 or float16 tensor ", where_,
                     " for the compiled core, got sizes ", to_string(param.sizes()), " and strides ",
                     to_string(param.strides()));
+    records_.emplace_back(param.get());
     dtypes_.push_back(view.dtype);
     layouts_.push_back(layout_of(view));
     numels_.push_back(view.numel());
@@ -278,13 +285,14 @@ class PlanTensors {
     }
     STD_TORCH_CHECK(fits, element(kSlotNames[slot], i), " has a dtype or size that does not fit, sizes ",
                     to_string(tensor.sizes()));
-    held_.push_back({tensor, slot, view.dtype, view.numel()});
+    held_.push_back({tensor, Record(tensor.get()), slot, view.dtype, view.numel()});
   }
 
   int32_t device_type_;
   const char* where_;
   WeightMode weights_;
   std::vector<torch::stable::Tensor> params_;
+  std::vector<Record> records_;
   std::vector<int64_t> groups_, present_, numels_;
   std::vector<int32_t> dtypes_;
   // Sizes, then strides, of each parameter.
@@ -298,17 +306,16 @@ class PlanTensors {
 // Looks at all gradients in parallel: the last update has driven their records out of the cache, and waiting for them
 // is the cost. look(i) gives the fit of one. False: one does not fit; else the numbers of those to be copied.
 template <class Look>
-bool look_at_all(const PlanTensors& tensors, const OwnedHandles& grads, std::vector<Fit>& fits,
+bool look_at_all(const PlanTensors& tensors, size_t num_grads, bool same_state, std::vector<Fit>& fits,
                  std::vector<int64_t>& to_be_copied, const Look& look) {
-  constexpr int64_t kLooksPerTask = 32;
-  constexpr int64_t kFetchAheadLooks = 6;
-  check_same_count(tensors.size(), "the plan", grads.size(), "grads");
+  constexpr int64_t kLooksPerTask = 128;
+  constexpr int64_t kRecordsAhead = 4, kStoragesAhead = 2;
+  check_same_count(tensors.size(), "the plan", num_grads, "grads");
   fits.resize(tensors.size());
   torch::stable::parallel_for(0, static_cast<int64_t>(fits.size()), kLooksPerTask, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t later = std::min(i + kFetchAheadLooks, end - 1);
-      tensors.fetch(later);
-      fetch_record(grads[later]);
+      tensors.fetch_records(std::min(i + kRecordsAhead, end - 1), same_state);
+      tensors.fetch_storages(std::min(i + kStoragesAhead, end - 1), same_state);
       fits[i] = look(i);
     }
   });

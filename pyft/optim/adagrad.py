@@ -71,7 +71,7 @@ class Adagrad(CoreOptimizer):
         for param in group["params"]:
             for key in self._keys(param, group):
                 if key != "init":
-                    self.state[param][key] = self._make_entry(key, param, group)
+                    self._own_state[param][key] = self._make_entry(key, param, group)
 
     def _make_entry(self, key: str, param: Tensor, group: dict[str, Any]) -> Tensor:
         entry = super()._make_entry(key, param, group)
@@ -84,7 +84,7 @@ class Adagrad(CoreOptimizer):
 
     def share_memory(self) -> None:
         """Move the state to shared memory, as `torch.optim.Adagrad.share_memory`."""
-        for of_one in self.state.values():
+        for of_one in self._own_state.values():
             for value in of_one.values():
                 value.share_memory_()
 

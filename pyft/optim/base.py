@@ -23,11 +23,12 @@ from pyft.optim.checks import at_least_zero
 from pyft.optim.decide import Decision, decide
 from pyft.optim.device_plan import DevicePlan, device_policy, read, refuse_capture, reports_together, takes_all
 from pyft.optim.options import StepOptions, checked
+from pyft.optim.own_state import OwnState
 from pyft.optim.report import LastStep, name_of, nonfinite_message, number_of
 from pyft.optim.step_plan import GroupStep, Member, StepPlan, add_exactly, group_step
 
 
-class CoreOptimizer(CapturedSteps, torch.optim.Optimizer):
+class CoreOptimizer(CapturedSteps, OwnState, torch.optim.Optimizer):
     """Base of the optimizers. A class gives the rule of a group, its numbers, and checks its hyperparameters."""
 
     # Names of all state that the class may keep, for loading.
@@ -47,6 +48,7 @@ class CoreOptimizer(CapturedSteps, torch.optim.Optimizer):
         if isinstance(given, BackwardNorms):
             self._norms = given
         super().__init__(params, {**defaults, "decay_to_init": options.get("decay_to_init", 0.0), **self._for_torch})
+        self._state_was_given = False
         self._watch()
 
     def _forget(self) -> None:
@@ -184,7 +186,7 @@ class CoreOptimizer(CapturedSteps, torch.optim.Optimizer):
             ValueError: groups, sizes or hyperparameters do not fit.
         """
         handle = self.register_load_state_dict_pre_hook(state_of.shield)
-        before = self.state, self.param_groups
+        before = self._own_state, self.param_groups
         try:
             super().load_state_dict(state_dict)
         except BaseException:
@@ -200,10 +202,12 @@ class CoreOptimizer(CapturedSteps, torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        # Of a loaded state_dict only copies are kept; a copy of an optimizer may share its state.
+        self._state_was_given = "settings" in state
         if "settings" in state:
             self._forget()
         self._plan, self._plans, self._made = None, {}, []
-        for of_one in self.state.values():
+        for of_one in self._own_state.values():
             state_of.unshield(of_one)
         for group in self.param_groups:
             for key, value in self._for_torch.items():
@@ -212,9 +216,11 @@ class CoreOptimizer(CapturedSteps, torch.optim.Optimizer):
                 group.setdefault(key, value)
             self._check(group)
             for param in group["params"]:
-                if self.state.get(param):
-                    state_of.check_moments(self.state[param], self._rule(group), self._moments, type(self).__name__)
-                    self._adopt_local(param, self.state[param])
+                if self._own_state.get(param):
+                    state_of.check_moments(
+                        self._own_state[param], self._rule(group), self._moments, type(self).__name__
+                    )
+                    self._adopt_local(param, self._own_state[param])
         if "settings" in state:
             self._watch()
 
@@ -346,18 +352,19 @@ class CoreOptimizer(CapturedSteps, torch.optim.Optimizer):
 
     def _unmake(self, made: list[tuple[Tensor, list[str]]]) -> None:
         for param, keys in made:
-            of_one = self.state[param]
+            of_one = self._own_state[param]
             for key in keys:
                 of_one.pop(key, None)
             if not of_one:
-                del self.state[param]
+                del self._own_state[param]
         if made:
             self._made, self._plan, self._plans = [], None, {}
 
     def _plan_of_this_step(self) -> StepPlan | DevicePlan:
         plan = self._plan
         if plan is not None and [self._rule(group) for group in self.param_groups] == plan.rules:
-            known = plan.gradients(self.param_groups, self.state)
+            same_state = not self._state_was_given
+            known = plan.gradients(self.param_groups, self._own_state, same_state)
             if known is not None and self._pulls_fit(plan) and plan.take(known):
                 return plan
         present = [
@@ -386,7 +393,7 @@ class CoreOptimizer(CapturedSteps, torch.optim.Optimizer):
             group = self.param_groups[group_number]
             keys = self._keys(param, group)
             fresh = self._complete_state(param, group, keys)
-            of_one = {key: self.state[param][key] for key in keys}
+            of_one = {key: self._own_state[param][key] for key in keys}
             members.append(Member(param, group_number, numbers[id(param)], of_one, fresh))
         rules, by_rows = [self._rule(group) for group in self.param_groups], self.settings.limits.agc is not None
         over = None
@@ -395,14 +402,14 @@ class CoreOptimizer(CapturedSteps, torch.optim.Optimizer):
             over = shards.shards_of(params, by_rows, lambda i: f"parameter {self._name(params[i])}")
         given: dict[str, Any] = {"weights": self.settings.weights, "seed": self.settings.seed, "over": over}
         if takes_all(members, rules, by_rows, over):
-            return DevicePlan(members, rules, self.state, **given)
-        return StepPlan(members, rules, self.state, by_rows=by_rows, **given)
+            return DevicePlan(members, rules, self._own_state, **given)
+        return StepPlan(members, rules, self._own_state, by_rows=by_rows, **given)
 
     def _complete_state(self, param: Tensor, group: dict[str, Any], keys: Iterable[str]) -> bool:
         """Make what is missing; True when moments are new."""
         if not keys:
             return False
-        of_one = self.state[param]
+        of_one = self._own_state[param]
         if of_one:
             self._adopt_local(param, of_one)
         missing = [key for key in keys if key not in of_one]
@@ -433,7 +440,7 @@ class CoreOptimizer(CapturedSteps, torch.optim.Optimizer):
         if grad is None:
             return
         fits = plan is not None and plan.rules == [self._rule(g) for g in self.param_groups] and self._pulls_fit(plan)
-        same = fits and plan is not None and plan.members[0].is_in(self.state)
+        same = fits and plan is not None and plan.members[0].is_in(self._own_state)
         if plan is None or not same or not plan.take([grad]):
             self._settle(plan)
             plan = self._plans[id(param)] = self._build_plan([(param, group)])

@@ -186,7 +186,8 @@ class DevicePlan:
         self.held_state = None
         if core is not None:
             keys = [tuple(member.state) for member in members]
-            self.held_state = core.HeldState(self.params, [member.group for member in members], state, keys)
+            handles = tensor_handles(self.params)
+            self.held_state = core.HeldState(self.params, [member.group for member in members], state, keys, handles)
         self.spread = [i for i, member in enumerate(members) if member.local is not member.param]
         # Autograd keeps DTensors, which count their own versions.
         self._versions = [member.local for member in members] + [self.params[i] for i in self.spread]
@@ -227,9 +228,11 @@ class DevicePlan:
             tensor_handles([of_one.decision]),
         )
 
-    def gradients(self, param_groups: list[dict[str, Any]], state: dict[Any, Any]) -> list[Tensor] | None:
+    def gradients(
+        self, param_groups: list[dict[str, Any]], state: dict[Any, Any], same_state: bool
+    ) -> list[Tensor] | None:
         """As that of `StepPlan`."""
-        known = None if self.held_state is None else self.held_state.gradients(param_groups, state)
+        known = None if self.held_state is None else self.held_state.gradients(param_groups, state, same_state)
         return None if known is None else local_gradients(self.members, self.spread, known)
 
     def take(self, grads: list[Tensor]) -> bool:

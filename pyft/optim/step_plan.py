@@ -20,6 +20,8 @@ from pyft.ops.update import Step, fits_core, in_layout_of, slots_of, update_refe
 from pyft.optim import shards
 
 AGC_EPS = 1e-3
+# Parameters whose versions are moved on in one call.
+BLOCK = 64
 
 
 @dataclass
@@ -125,6 +127,7 @@ class StepPlan:
         self.rules = list(rules)
         self._fresh = any(member.fresh for member in members)
         self.grads: list[Any] = []
+        self._same_state = False
         # With copies in the parameter's layout, alive as long as the core holds their addresses.
         self.relaid: list[Tensor] = []
         self._row_factors: dict[int, Tensor] = {}
@@ -132,7 +135,8 @@ class StepPlan:
         self.held_state = None
         if core is not None:
             keys = [tuple(member.state) for member in members]
-            self.held_state = core.HeldState(self.params, [member.group for member in members], state, keys)
+            handles = tensor_handles(self.params)
+            self.held_state = core.HeldState(self.params, [member.group for member in members], state, keys, handles)
         on_core = [
             core is not None
             and not rules[member.group].factored
@@ -146,6 +150,8 @@ class StepPlan:
         self.fast_params = [self.tensors[i] for i in self.fast]
         # Autograd keeps DTensors, which count their own versions.
         self._versions = self.fast_params + [self.params[i] for i in self.spread if i in set(self.fast)]
+        blocks = [tuple(self.params[i : i + BLOCK]) for i in range(0, len(self.params), BLOCK)]
+        self._version_blocks = blocks if not self.slow and not self.spread else None
         self.core_plan = self._core_plan(core) if self.fast else None
 
     def _core_plan(self, core: Any) -> Any:
@@ -169,11 +175,16 @@ class StepPlan:
             self.weights,
         )
 
-    def gradients(self, param_groups: list[dict[str, Any]], state: dict[Any, Any]) -> list[Tensor] | None:
+    def gradients(
+        self, param_groups: list[dict[str, Any]], state: dict[Any, Any], same_state: bool
+    ) -> list[Tensor] | None:
         """The gradients of `params`, of DTensors this process's parts; None when the parameters that have one, their
         groups or any of their state tensors are no longer those of this plan, or there is no core to tell it quickly.
+        With `same_state` nobody can have changed the state tensors since the last step; then they are not looked at,
+        nor by the next `take`.
         """
-        known = None if self.held_state is None else self.held_state.gradients(param_groups, state)
+        self._same_state = same_state
+        known = None if self.held_state is None else self.held_state.gradients(param_groups, state, same_state)
         return None if known is None else shards.local_gradients(self.members, self.spread, known)
 
     def take(self, grads: list[Tensor]) -> bool:
@@ -196,7 +207,8 @@ class StepPlan:
         if self.core_plan is None:
             return True
         fast = grads if not self.slow else [grads[i] for i in self.fast]
-        to_be_copied = self.core_plan.set_gradients(tensor_handles(fast))
+        same_state, self._same_state = self._same_state, False
+        to_be_copied = self.core_plan.set_gradients(fast, self.held_state, same_state)
         if to_be_copied:
             fast = list(fast)
             for i in to_be_copied:
@@ -205,7 +217,7 @@ class StepPlan:
                 grad = fast[i] if takes else fast[i].to(device="cpu", dtype=torch.float32)
                 fast[i] = in_layout_of(self.fast_params[i], grad)
             self.relaid = fast
-            to_be_copied = self.core_plan.set_gradients(tensor_handles(fast))
+            to_be_copied = self.core_plan.set_gradients(fast, self.held_state, same_state)
         return to_be_copied is not None
 
     def total_of_squares(self, clip_value: float | None) -> float:
@@ -317,7 +329,10 @@ class StepPlan:
     ) -> None:
         # Raw writes are unseen by autograd: without this a saved, now stale weight is used in silence. Before the
         # update, which drives the parameters' records out of the cache.
-        torch.autograd.graph.increment_version(self._versions)
+        if self.held_state is not None and self._version_blocks is not None:
+            self.held_state.increment_versions(torch.autograd.graph.increment_version, self._version_blocks)
+        else:
+            torch.autograd.graph.increment_version(self._versions)
         handles: list[Any] = []
         if free:
             used = self.relaid or (self.grads if not self.slow else [self.grads[i] for i in self.fast])
