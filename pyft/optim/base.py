@@ -23,7 +23,7 @@ from pyft.optim.checks import at_least_zero
 from pyft.optim.decide import Decision, decide
 from pyft.optim.device_plan import DevicePlan, device_policy, read, refuse_capture, reports_together, takes_all
 from pyft.optim.options import StepOptions, checked
-from pyft.optim.own_state import OwnState
+from pyft.optim.own_state import Access, OwnState
 from pyft.optim.report import LastStep, name_of, nonfinite_message, number_of
 from pyft.optim.step_plan import GroupStep, Member, StepPlan, add_exactly, group_step
 
@@ -48,7 +48,7 @@ class CoreOptimizer(CapturedSteps, OwnState, torch.optim.Optimizer):
         if isinstance(given, BackwardNorms):
             self._norms = given
         super().__init__(params, {**defaults, "decay_to_init": options.get("decay_to_init", 0.0), **self._for_torch})
-        self._state_was_given = False
+        self._access = Access(False)
         self._watch()
 
     def _forget(self) -> None:
@@ -203,7 +203,7 @@ class CoreOptimizer(CapturedSteps, OwnState, torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # Of a loaded state_dict only copies are kept; a copy of an optimizer may share its state.
-        self._state_was_given = "settings" in state
+        self._access = Access("settings" in state)
         if "settings" in state:
             self._forget()
         self._plan, self._plans, self._made = None, {}, []
@@ -363,7 +363,7 @@ class CoreOptimizer(CapturedSteps, OwnState, torch.optim.Optimizer):
     def _plan_of_this_step(self) -> StepPlan | DevicePlan:
         plan = self._plan
         if plan is not None and [self._rule(group) for group in self.param_groups] == plan.rules:
-            same_state = not self._state_was_given
+            same_state = not self._access.given
             known = plan.gradients(self.param_groups, self._own_state, same_state)
             if known is not None and self._pulls_fit(plan) and plan.take(known):
                 return plan

@@ -163,6 +163,8 @@ class StepPlan:
             by_place = sorted((CORE_SLOTS.index(slots[key]), tensor) for key, tensor in member.local_state.items())
             present.append(sum(1 << place for place, _ in by_place))
             tensors += [tensor for _, tensor in by_place]
+        # Memory that a step writes to without a look is not freed, whatever happens to its tensors.
+        self._kept = [tensor.detach() for tensor in tensors]
         of_fast = [self.members[i] for i in self.fast]
         return core.UpdatePlan(
             tensor_handles(self.fast_params),

@@ -86,7 +86,19 @@ def test_copies_of_an_optimizer_see_each_other(copied: Callable[..., Any]) -> No
     first = pyft.optim.AdamW(params, lr=1e-2)
     for seed in range(STEPS):
         advance(first, params, seed)
+    # Not before: it would count as asked for.
+    of_first = first.state
     second = copied(first)
+    advance(second, second.param_groups[0]["params"], STEPS)
+    for param in params:
+        of_first[param]["exp_avg"].data = torch.zeros_like(param)
+    expected = {}
+    for param, twin in zip(params, second.param_groups[0]["params"], strict=True):
+        shared = copied is copy.copy
+        expected[twin] = torch.zeros_like(param) if shared else second._own_state[twin]["exp_avg"].clone()
+    advance(second, list(expected), STEPS)
+    for twin, before in expected.items():
+        torch.testing.assert_close(second._own_state[twin]["exp_avg"], 0.9 * before + 0.1 * twin.grad)
     of_second = second.param_groups[0]["params"]
     for param in of_second:
         second.state[param]["exp_avg"].data = torch.zeros_like(param)
@@ -99,6 +111,27 @@ def test_copies_of_an_optimizer_see_each_other(copied: Callable[..., Any]) -> No
     advance(first, params, STEPS + 1)
     for param in params:
         torch.testing.assert_close(first.state[param]["exp_avg"], 0.9 * before[param] + 0.1 * param.grad)
+
+
+class Wrapper:
+    """Takes over what an optimizer has, as Lightning's does."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.__class__ = type("Wrapped", (type(self), type(optimizer)), {})  # type: ignore[assignment]
+        self.__dict__ = dict(optimizer.__dict__)
+
+
+def test_state_asked_for_through_a_wrapper() -> None:
+    params = parameters()
+    optimizer = pyft.optim.AdamW(params, lr=1e-2)
+    wrapper: Any = Wrapper(optimizer)
+    for seed in range(STEPS):
+        advance(optimizer, params, seed)
+    for param in params:
+        wrapper.state[param]["exp_avg"].data = torch.zeros_like(param)
+    advance(optimizer, params, STEPS)
+    for param in params:
+        torch.testing.assert_close(wrapper.state[param]["exp_avg"], 0.1 * param.grad)
 
 
 def test_a_loaded_state_is_the_optimizers_own() -> None:
