@@ -16,6 +16,20 @@ namespace {
 constexpr int64_t kSkew = 2 * kBlock;
 constexpr int64_t kTwoStreams = 8192;
 
+// Of a long chunk in fp32. AMD's Zen 3 is 3 % faster with one place after the other (five runs of 110 M parameters), an
+// Intel with AVX-512 with two in turn.
+bool works_on_two_places() {
+#if PYFT_X86_TARGETS
+  static const bool two = [] {
+    __builtin_cpu_init();
+    return __builtin_cpu_is("amd") == 0;
+  }();
+  return two;
+#else
+  return true;
+#endif
+}
+
 using RuleLoop = void (*)(float* param, const float* grad, float* first, float* second, float* third, int32_t length,
                           float grad_scale, const RuleStep& step);
 
