@@ -1,43 +1,10 @@
 #include "bit_masks_cpu.h"
 
 #include "clip_grads_math.h"
-#include "cpu_target.h"
+#include "run_on_target.h"
 
 namespace pyft {
 namespace {
-
-// Each loop is a callable object, compiled once for every CPU target.
-template <class Loop>
-void run_baseline(const Loop& loop) {
-  loop();
-}
-
-#if PYFT_X86_TARGETS
-template <class Loop>
-PYFT_TARGET_AVX2 void run_avx2(const Loop& loop) {
-  loop();
-}
-
-template <class Loop>
-PYFT_TARGET_AVX512 void run_avx512(const Loop& loop) {
-  loop();
-}
-#endif
-
-template <class Loop>
-void run_on_target(const Loop& loop) {
-#if PYFT_X86_TARGETS
-  switch (cpu_target()) {
-    case CpuTarget::avx512:
-      return run_avx512(loop);
-    case CpuTarget::avx2:
-      return run_avx2(loop);
-    default:
-      break;
-  }
-#endif
-  run_baseline(loop);
-}
 
 template <class Element>
 struct ReluLoop {

@@ -18,12 +18,14 @@ from pyft.ops.max_pool import max_pool_backward, max_pool_offsets
 from pyft.ops.packed_linear import pack_linear, packed_linear
 from pyft.ops.partial import partial_embedding, partial_linear
 from pyft.ops.partial_conv import partial_conv
+from pyft.ops.random_bits import bernoulli_bits
 from pyft.ops.update import update_
 
 __all__ = [
     "adamw_",
     "affine_relu_bits",
     "agc_grads_",
+    "bernoulli_bits",
     "clamp_grads_",
     "gather_channels",
     "gather_columns",

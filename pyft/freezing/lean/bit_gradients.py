@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from pyft.freezing.lean.conditions import laid_out_as
-from pyft.ops.bit_masks import POSITIVE, gap_free, pack_bits, pack_bools, scale_by_bits
+from pyft.ops.bit_masks import gap_free, pack_bools, scale_by_bits
+from pyft.ops.random_bits import bernoulli_bits
 
 # (grad, bits, *numbers or per-channel values) -> gradient, linear in grad and its own adjoint.
 ByBits = Callable[..., Tensor]
@@ -60,7 +61,7 @@ def drop(x: Tensor, p: float) -> tuple[Tensor, Tensor, float]:
         y, mask = torch.native_dropout(x, p, True)
         return y, pack_bools(laid_out_as(mask, gap_free(y).stride())), 1.0 / (1.0 - p)
     # Elsewhere torch draws as many numbers of the dtype of x, divides its mask by this, and rounds.
-    bits = pack_bits(torch.empty_like(x).bernoulli_(1 - p), POSITIVE)
+    bits = bernoulli_bits(x, 1 - p)
     on = torch.ones((), dtype=x.dtype).div_(1 - p).item()
     return dropped(x, bits, on), bits, on
 
