@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pyft.core.loader import load_core
 from pyft.freezing.fingerprint import fingerprint
 from pyft.freezing.prefix_cache_cut import Cut
 from pyft.ops.packed_linear import packing_pays
@@ -31,9 +32,10 @@ def prefix_key(model: nn.Module, cut: Cut, dtype: torch.dtype | None, autocast: 
         dtype: in which values are stored, None as they are computed. autocast: the autocast state in words.
     """
     digest = hashlib.sha256()
-    # Products with packed weights have other last bits.
-    threads = f"{packing_pays()} {torch.get_num_threads()} {torch.backends.cpu.get_cpu_capability()}"
-    _add(digest, __version__, torch.__version__, threads, str(dtype), autocast, *_floats())
+    # Products with packed weights and the core's attention have other last bits.
+    kernels = f"{packing_pays()} {load_core() is not None}"
+    threads = f"{torch.get_num_threads()} {torch.backends.cpu.get_cpu_capability()}"
+    _add(digest, __version__, torch.__version__, kernels, threads, str(dtype), autocast, *_floats())
     script = cut.script
     for key in script.needed:
         _add(digest, str(key), str(script.leaf(key)))

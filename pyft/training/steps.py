@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pyft.core.transfer import to_device
 from pyft.errors import ConfigError, NonFiniteError
+from pyft.freezing.lean.short_attention import short_attention_calls
 from pyft.samples import Batch
 from pyft.training.data_parallel import first_forward, wrap
 from pyft.training.nonfinite import nonfinite_error
@@ -205,10 +206,11 @@ class Stepper:
         if not self._on_cpu:
             inputs = _to(inputs, self.device)
             targets = to_device(targets, self.device)
-        if precision == "bf16":
-            with torch.autocast(self.device.type, dtype=torch.bfloat16):
-                logits = self.call(self.run.model, inputs) if forward is None else forward(inputs)
-        else:
+        with contextlib.ExitStack() as stack:
+            if precision == "bf16":
+                stack.enter_context(torch.autocast(self.device.type, dtype=torch.bfloat16))
+            elif self._on_cpu:
+                stack.enter_context(short_attention_calls())
             logits = self.call(self.run.model, inputs) if forward is None else forward(inputs)
         loss = self.objective(logits, targets) if counts else logits.float().sum() * 0.0
         if not loss.requires_grad:

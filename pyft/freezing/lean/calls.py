@@ -18,6 +18,7 @@ from pyft.freezing.lean.bit_gradients import drop, dropped
 from pyft.freezing.lean.conditions import acts_on, as_autocast, has_kernels, is_eager, refuse_second
 from pyft.freezing.lean.dropout import lean_dropout
 from pyft.freezing.lean.pooling import LeanMaxPool2d
+from pyft.freezing.lean.short_attention import attend_shortly, in_checkpoint
 
 
 def _widened(x: Tensor) -> Tensor:
@@ -84,6 +85,10 @@ def _attention(
         )
 
     tensors = (query, key, value)
+    if not enable_gqa:
+        short = attend_shortly(query, key, value, attn_mask, dropout_p, is_causal, scale)
+        if short is not None:
+            return short
     takes_bits = (
         0.0 < dropout_p < 1.0
         and not enable_gqa
@@ -159,14 +164,7 @@ class _LeanCalls(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         lean = None if torch.compiler.is_compiling() else _CALLS.get(func)
-        return (func if lean is None or _in_checkpoint() else lean)(*args, **(kwargs or {}))
-
-
-def _in_checkpoint() -> bool:
-    """Whether what is kept now is dropped again: a checkpoint repeats its part in backward, where torch has no modes,
-    and both times must be alike."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"
+        return (func if lean is None or in_checkpoint() else lean)(*args, **(kwargs or {}))
 
 
 def lean_calls() -> TorchFunctionMode:
