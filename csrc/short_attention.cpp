@@ -82,6 +82,7 @@ ShortAttention checked(const Tensor& query, const Tensor& key, const Tensor& val
           query.size(2),
           key.size(2),
           width,
+          weights,
           {nullptr, 0, 0, 0},
           nullptr};
 }

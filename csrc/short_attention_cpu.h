@@ -29,7 +29,8 @@ struct ShortAttention {
   const uint8_t* keep;
   float on, scale;
   bool causal;
-  int64_t heads, queries, keys, width;
+  // `weights` counts those of all samples and heads.
+  int64_t heads, queries, keys, width, weights;
   Strided<float> out;
   // (batch, heads, queries): logarithm of the sum of exponentials of each row, infinite where all is forbidden; or null.
   float* log_sums;

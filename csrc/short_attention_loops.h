@@ -145,17 +145,36 @@ PYFT_LOOPS_TARGET inline __attribute__((always_inline)) float sum_of(Vec x) {
 // Rows of scores fill whole registers.
 constexpr int64_t padded_keys(int64_t keys) { return (keys + kLanes - 1) / kLanes * kLanes; }
 
+template <class Element, class Convert>
+PYFT_LOOPS_TARGET inline __attribute__((always_inline)) void read_mask(const void* data, int64_t first, int64_t step,
+                                                                       int64_t keys, float* bias,
+                                                                       const Convert& convert) {
+  const Element* from = static_cast<const Element*>(data) + first;
+  if (step == 1) {
+    for (int64_t s = 0; s < keys; ++s) {
+      bias[s] = convert(from[s]);
+    }
+  } else {
+    for (int64_t s = 0; s < keys; ++s) {
+      bias[s] = convert(from[s * step]);
+    }
+  }
+}
+
 // What is added to a row of scores: the mask, and -infinity where the row ends.
 PYFT_LOOPS_TARGET void fill_bias(const ShortAttention& work, int64_t b, int64_t h, int64_t t, int64_t padded,
                                  float* bias) {
   const AttentionMask& mask = work.mask;
   const int64_t first = b * mask.batch + h * mask.head + t * mask.row;
   const float forbidden = -std::numeric_limits<float>::infinity();
-  for (int64_t s = 0; s < work.keys; ++s) {
-    const int64_t place = first + s * mask.column;
-    bias[s] = mask.data == nullptr ? 0.0f
-              : mask.is_bool       ? (static_cast<const uint8_t*>(mask.data)[place] != 0 ? 0.0f : forbidden)
-                                   : static_cast<const float*>(mask.data)[place];
+  if (mask.data == nullptr) {
+    std::fill(bias, bias + work.keys, 0.0f);
+  } else if (mask.is_bool) {
+    read_mask<uint8_t>(mask.data, first, mask.column, work.keys, bias, [=](uint8_t allowed)
+                           __attribute__((always_inline)) { return allowed != 0 ? 0.0f : forbidden; });
+  } else {
+    read_mask<float>(mask.data, first, mask.column, work.keys, bias,
+                     [](float added) __attribute__((always_inline)) { return added; });
   }
   if (work.causal && t + 1 < work.keys) {
     std::fill(bias + t + 1, bias + work.keys, forbidden);
@@ -163,13 +182,23 @@ PYFT_LOOPS_TARGET void fill_bias(const ShortAttention& work, int64_t b, int64_t 
   std::fill(bias + work.keys, bias + padded, forbidden);
 }
 
-// 1 where the weight is kept, else 0.
+// 1 where the weight is kept, else 0; whatever comes next where the row ends.
 PYFT_LOOPS_TARGET void fill_kept(const ShortAttention& work, int64_t row, int64_t padded, float* kept) {
-  const int64_t first = row * work.keys;
-  for (int64_t s = 0; s < work.keys; ++s) {
-    kept[s] = static_cast<float>((work.keep[(first + s) >> 3] >> ((first + s) & 7)) & 1);
+  const int64_t last = (work.weights - 1) >> 3;
+  IntVec places;
+  for (int i = 0; i < kLanes; ++i) {
+    places[i] = 1 << i;
   }
-  std::fill(kept + work.keys, kept + padded, 0.0f);
+  for (int64_t s = 0; s < padded; s += kLanes) {
+    // The bits of a register are in three bytes at most.
+    const int64_t bit = row * work.keys + s, byte = bit >> 3;
+    int32_t bits = 0;
+    for (int64_t i = 0; i < 3; ++i) {
+      bits |= work.keep[std::min(byte + i, last)] << (8 * i);
+    }
+    const IntVec set = ((bits >> (bit & 7)) & places) != 0;
+    store(kept + s, (Vec)(set & (IntVec)(Vec{} + 1.0f)));
+  }
 }
 
 // Scores to weights in place; gives the logarithm of the sum of the exponentials.
