@@ -29,8 +29,8 @@ Tensor bernoulli_bits(Tensor state, int64_t count, double p) {
   STD_TORCH_CHECK(state.is_cpu() && state.scalar_type() == torch::headeronly::ScalarType::Byte &&
                       state.is_contiguous() && state.numel() == kStateBytes,
                   "state must be ", kStateBytes, " contiguous uint8 on the CPU, as torch.get_rng_state() gives them");
-  STD_TORCH_CHECK(count >= 0 && p >= 0.0 && p <= 1.0, "count must be 0 or more and p from 0 to 1, got ", count,
-                  " and ", p);
+  STD_TORCH_CHECK(count >= 0 && p >= 0.0 && p <= 1.0, "count must be 0 or more and p from 0 to 1, got ", count, " and ",
+                  p);
   uint8_t* data = static_cast<uint8_t*>(state.mutable_data_ptr());
   Twister twister;
   twister.left = number_at<int32_t>(data + kLeft);

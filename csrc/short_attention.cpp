@@ -23,7 +23,8 @@ void check_operand(const Tensor& t, const char* name, int64_t batch, int64_t hea
   STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == torch::headeronly::ScalarType::Float && t.dim() == 4, name,
                   " must be float32 on the CPU with dimensions (batch, heads, rows, width)");
   STD_TORCH_CHECK(t.size(0) == batch && t.size(1) == heads && t.size(2) == rows && t.size(3) == width, name,
-                  " has sizes ", to_string(t.sizes()), ", expected (", batch, ", ", heads, ", ", rows, ", ", width, ")");
+                  " has sizes ", to_string(t.sizes()), ", expected (", batch, ", ", heads, ", ", rows, ", ", width,
+                  ")");
   STD_TORCH_CHECK(t.stride(3) == 1 || width <= 1, name, " has strides ", to_string(t.strides()),
                   "; the entries of a row must lie side by side");
 }
@@ -56,12 +57,11 @@ ShortAttention checked(const Tensor& query, const Tensor& key, const Tensor& val
   AttentionMask added{nullptr, false, 0, 0, 0, 0};
   if (mask.has_value()) {
     const bool is_bool = mask->scalar_type() == torch::headeronly::ScalarType::Bool;
-    STD_TORCH_CHECK(
-        mask->is_cpu() && (is_bool || mask->scalar_type() == torch::headeronly::ScalarType::Float) &&
-            mask->dim() == 4 && mask->size(0) == batch && mask->size(1) == heads && mask->size(2) == query.size(2) &&
-            mask->size(3) == key.size(2),
-        "mask must be bool or float32 on the CPU, expanded to (", batch, ", ", heads, ", ", query.size(2), ", ",
-        key.size(2), "), got sizes ", to_string(mask->sizes()));
+    STD_TORCH_CHECK(mask->is_cpu() && (is_bool || mask->scalar_type() == torch::headeronly::ScalarType::Float) &&
+                        mask->dim() == 4 && mask->size(0) == batch && mask->size(1) == heads &&
+                        mask->size(2) == query.size(2) && mask->size(3) == key.size(2),
+                    "mask must be bool or float32 on the CPU, expanded to (", batch, ", ", heads, ", ", query.size(2),
+                    ", ", key.size(2), "), got sizes ", to_string(mask->sizes()));
     added = {mask->data_ptr(), is_bool, mask->stride(0), mask->stride(1), mask->stride(2), mask->stride(3)};
   }
   const int64_t weights = batch * heads * query.size(2) * key.size(2);
@@ -121,10 +121,10 @@ std::tuple<Tensor, Tensor> short_attention(const Tensor& query, const Tensor& ke
   return {out, log_sums};
 }
 
-std::tuple<Tensor, Tensor, Tensor> short_attention_backward(
-    const Tensor& grad, const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask,
-    const std::optional<Tensor>& keep, double on, double scale, bool causal, const Tensor& out,
-    const Tensor& log_sums) {
+std::tuple<Tensor, Tensor, Tensor> short_attention_backward(const Tensor& grad, const Tensor& query, const Tensor& key,
+                                                            const Tensor& value, const std::optional<Tensor>& mask,
+                                                            const std::optional<Tensor>& keep, double on, double scale,
+                                                            bool causal, const Tensor& out, const Tensor& log_sums) {
   ShortAttention work = checked(query, key, value, mask, keep, on, scale, causal);
   for (const auto& [tensor, name] : {std::pair{&grad, "grad"}, std::pair{&out, "out"}}) {
     check_operand(*tensor, name, query.size(0), query.size(1), query.size(2), query.size(3));

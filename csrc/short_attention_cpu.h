@@ -32,7 +32,8 @@ struct ShortAttention {
   // `weights` counts those of all samples and heads.
   int64_t heads, queries, keys, width, weights;
   Strided<float> out;
-  // (batch, heads, queries): logarithm of the sum of exponentials of each row, infinite where all is forbidden; or null.
+  // (batch, heads, queries): logarithm of the sum of exponentials of each row, infinite where all is forbidden; or
+  // null.
   float* log_sums;
 };
 

@@ -170,8 +170,8 @@ PYFT_LOOPS_TARGET void fill_bias(const ShortAttention& work, int64_t b, int64_t 
   if (mask.data == nullptr) {
     std::fill(bias, bias + work.keys, 0.0f);
   } else if (mask.is_bool) {
-    read_mask<uint8_t>(mask.data, first, mask.column, work.keys, bias, [=](uint8_t allowed)
-                           __attribute__((always_inline)) { return allowed != 0 ? 0.0f : forbidden; });
+    read_mask<uint8_t>(mask.data, first, mask.column, work.keys, bias,
+                       [=](uint8_t allowed) __attribute__((always_inline)) { return allowed != 0 ? 0.0f : forbidden; });
   } else {
     read_mask<float>(mask.data, first, mask.column, work.keys, bias,
                      [](float added) __attribute__((always_inline)) { return added; });
@@ -247,8 +247,8 @@ PYFT_LOOPS_TARGET void attend(const ShortAttention& work, int64_t first, int64_t
       if (work.keep != nullptr) {
         fill_kept(work, pair * work.queries + t, padded, kept);
       }
-      const float log_sum = softmax(weights + t * padded, bias, work.scale, padded,
-                                    work.keep == nullptr ? nullptr : kept, work.on);
+      const float log_sum =
+          softmax(weights + t * padded, bias, work.scale, padded, work.keep == nullptr ? nullptr : kept, work.on);
       if (work.log_sums != nullptr) {
         work.log_sums[pair * work.queries + t] = log_sum;
       }

@@ -25,7 +25,7 @@ LEAST_PRODUCTS, PAIRS_FOR_A_THREAD = 2**19, 4
 
 
 class _ShortAttention(Function):
-    """Keeps query, key, value, output, one number for each query, and one bit for each weight where there is dropout."""
+    """Keeps query, key, value, output, a number for each query, and with dropout one bit for each weight."""
 
     @staticmethod
     def forward(
@@ -41,7 +41,8 @@ class _ShortAttention(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second("attention")
         query, key, value, mask, keep, out, log_sums = ctx.saved_tensors
-        grads = short_attention_backward(grad, query, key, value, mask, keep, *ctx.numbers, out, log_sums)
+        on, scale, causal = ctx.numbers
+        grads = short_attention_backward(grad, query, key, value, mask, keep, on, scale, causal, out, log_sums)
         return *grads, None, None, None, None, None
 
 
