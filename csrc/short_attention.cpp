@@ -126,9 +126,7 @@ std::tuple<Tensor, Tensor, Tensor> short_attention_backward(const Tensor& grad, 
                                                             const std::optional<Tensor>& keep, double on, double scale,
                                                             bool causal, const Tensor& out, const Tensor& log_sums) {
   ShortAttention work = checked(query, key, value, mask, keep, on, scale, causal);
-  for (const auto& [tensor, name] : {std::pair{&grad, "grad"}, std::pair{&out, "out"}}) {
-    check_operand(*tensor, name, query.size(0), query.size(1), query.size(2), query.size(3));
-  }
+  check_operand(grad, "grad", query.size(0), query.size(1), query.size(2), query.size(3));
   STD_TORCH_CHECK(log_sums.is_cpu() && log_sums.is_contiguous() &&
                       log_sums.scalar_type() == torch::headeronly::ScalarType::Float &&
                       log_sums.numel() == query.size(0) * query.size(1) * query.size(2),
@@ -137,9 +135,7 @@ std::tuple<Tensor, Tensor, Tensor> short_attention_backward(const Tensor& grad, 
   const int64_t pairs = query.size(0) * query.size(1);
   if (pairs * query.size(3) > 0) {
     // Only read here.
-    const Strided<const float> result = read(out);
-    work.out = {const_cast<float*>(result.data), result.batch, result.head, result.row};
-    work.log_sums = static_cast<float*>(log_sums.data_ptr());
+    work.log_sums = const_cast<float*>(static_cast<const float*>(log_sums.data_ptr()));
     const ShortAttentionGradient gradient{work, read(grad), written(grad_query), written(grad_key),
                                           written(grad_value)};
     for_pairs(work, pairs, true, [&](int64_t first, int64_t last, float* scratch) {

@@ -37,7 +37,7 @@ struct ShortAttention {
   float* log_sums;
 };
 
-// From the gradient of `forward.out`.
+// From the gradient of the output, which itself is not needed.
 struct ShortAttentionGradient {
   ShortAttention forward;
   Strided<const float> grad;

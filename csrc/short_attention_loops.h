@@ -258,24 +258,27 @@ PYFT_LOOPS_TARGET void attend(const ShortAttention& work, int64_t first, int64_t
   }
 }
 
-// Scores and the gradient of weights with dropout, in place: to these weights, and to the gradient of scores without
-// their scale.
-PYFT_LOOPS_TARGET void softmax_backward(float* row, float* grads, const float* bias, float log_sum, float delta,
-                                        int64_t padded, const ShortAttention& work, const float* kept) {
+// Scores and the gradient of weights with dropout, in place: to these weights, and to the gradient of the products of
+// query and key.
+PYFT_LOOPS_TARGET void softmax_backward(float* row, float* grads, const float* bias, float log_sum, int64_t padded,
+                                        const ShortAttention& work, const float* kept) {
+  Vec sums = {};
   for (int64_t s = 0; s < padded; s += kLanes) {
     const Vec x = PYFT_LOOPS_FMA(load(row + s), Vec{} + work.scale, load(bias + s));
-    const Vec weight = exponential(x - log_sum), factor = kept == nullptr ? Vec{} + 1.0f : load(kept + s) * work.on;
-    store(row + s, weight * factor);
-    store(grads + s, weight * (PYFT_LOOPS_FMA(load(grads + s), factor, Vec{} - delta)) * work.scale);
+    const Vec weight = exponential(x - log_sum);
+    const Vec grad = kept == nullptr ? load(grads + s) : load(grads + s) * (load(kept + s) * work.on);
+    store(row + s, weight);
+    store(grads + s, grad);
+    sums = PYFT_LOOPS_FMA(weight, grad, sums);
   }
-}
-
-PYFT_LOOPS_TARGET float dot(const float* a, const float* b, int64_t length) {
-  Vec sums = {};
-  for (int64_t i = 0; i < length; i += kLanes) {
-    sums = PYFT_LOOPS_FMA(load(a + i), load(b + i), sums);
+  const float mean = sum_of(sums);
+  for (int64_t s = 0; s < padded; s += kLanes) {
+    const Vec weight = load(row + s);
+    store(grads + s, weight * (load(grads + s) - mean) * work.scale);
+    if (kept != nullptr) {
+      store(row + s, weight * (load(kept + s) * work.on));
+    }
   }
-  return sum_of(sums);
 }
 
 PYFT_LOOPS_TARGET void attend_backward(const ShortAttentionGradient& work, int64_t first, int64_t last,
@@ -287,7 +290,7 @@ PYFT_LOOPS_TARGET void attend_backward(const ShortAttentionGradient& work, int64
   const bool same_bias = !from.causal && (from.mask.data == nullptr || from.mask.row == 0);
   for (int64_t pair = first; pair < last; ++pair) {
     const int64_t b = pair / from.heads, h = pair % from.heads;
-    const float *query = from.query.at(b, h), *grad = work.grad.at(b, h), *out = from.out.at(b, h);
+    const float *query = from.query.at(b, h), *grad = work.grad.at(b, h);
     transpose(from.key.at(b, h), from.key.row, from.keys, width, padded, turned);
     product({query, from.query.row, 1}, turned, padded, from.queries, width, padded, {weights, padded});
     transpose(from.value.at(b, h), from.value.row, from.keys, width, padded, turned);
@@ -299,9 +302,8 @@ PYFT_LOOPS_TARGET void attend_backward(const ShortAttentionGradient& work, int64
       if (from.keep != nullptr) {
         fill_kept(from, pair * from.queries + t, padded, kept);
       }
-      const float delta = dot(grad + t * work.grad.row, out + t * from.out.row, width);
-      softmax_backward(weights + t * padded, grads + t * padded, bias, from.log_sums[pair * from.queries + t], delta,
-                       padded, from, from.keep == nullptr ? nullptr : kept);
+      softmax_backward(weights + t * padded, grads + t * padded, bias, from.log_sums[pair * from.queries + t], padded,
+                       from, from.keep == nullptr ? nullptr : kept);
     }
     product({grads, padded, 1}, from.key.at(b, h), from.key.row, from.queries, from.keys, width,
             {work.grad_query.at(b, h), work.grad_query.row});

@@ -16,7 +16,7 @@ define(
 )
 define(
     "short_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? keep, "
-    "float on, float scale, bool causal, Tensor out, Tensor log_sums) -> (Tensor, Tensor, Tensor)"
+    "float on, float scale, bool causal, Tensor log_sums) -> (Tensor, Tensor, Tensor)"
 )
 
 WIDTH_STEP = 16
@@ -60,13 +60,13 @@ def short_attention_reference(
 
 def short_attention_backward_reference(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, keep: Tensor | None, on: float,
-    scale: float, causal: bool, out: Tensor, log_sums: Tensor,
+    scale: float, causal: bool, log_sums: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The same as `short_attention_backward` in PyTorch, for any floating dtype and device."""
     weights = (_scores(query, key, mask, scale, causal) - log_sums.unsqueeze(-1)).exp()
     factor = _factor(weights, keep, on)
-    delta = (grad * out).sum(-1, keepdim=True)
-    scores = weights * (grad.matmul(value.transpose(-2, -1)) * factor - delta) * scale
+    grads = grad.matmul(value.transpose(-2, -1)) * factor
+    scores = weights * (grads - (weights * grads).sum(-1, keepdim=True)) * scale
     return (
         _like_projections(scores.matmul(key)),
         _like_projections(scores.transpose(-2, -1).matmul(query)),
@@ -128,14 +128,13 @@ def short_attention(
 
 def short_attention_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, keep: Tensor | None, on: float,
-    scale: float, causal: bool, out: Tensor, log_sums: Tensor,
+    scale: float, causal: bool, log_sums: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of query, key and value, from that of what `short_attention` gave; arguments as there."""
-    grad, query, key, value, out = map(_row_by_row, (grad, query, key, value, out))
+    """The gradients of query, key and value, from that of what `short_attention` gave and its `log_sums`; the other
+    arguments as there."""
+    grad, query, key, value = map(_row_by_row, (grad, query, key, value))
     mask = _expanded(mask, query, key)
-    return torch.ops.pyft.short_attention_backward(
-        grad, query, key, value, mask, keep, on, scale, causal, out, log_sums
-    )
+    return torch.ops.pyft.short_attention_backward(grad, query, key, value, mask, keep, on, scale, causal, log_sums)
 
 
 def _expanded(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:

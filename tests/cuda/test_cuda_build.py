@@ -28,9 +28,13 @@ STORES_FEW = {"sum_kernel", "largest_kernel", "row_norms_kernel"}
 ONE_AT_A_TIME = "Li1E"
 # Ops of the CPU core that the CUDA core does not have, and why.
 PACKED = "a GPU's own libraries pack as they multiply; it serves CPUs on which torch's product stays below the peak"
+ATTENTION = "torch's flash and memory-efficient kernels serve GPUs; on the CPU its kernel is made for long sequences"
 CPU_ALONE = {
+    "pyft::bernoulli_bits": "torch's draws on CUDA depend on the grid that torch chooses: native_dropout makes them",
     "pyft::pack_linear": PACKED,
     "pyft::packed_linear": PACKED,
+    "pyft::short_attention": ATTENTION,
+    "pyft::short_attention_backward": ATTENTION,
     "pyft::partial_weight_gradient": "on a GPU gather_columns gathers the chosen rows in one kernel, with their sums, "
     "and cuBLAS multiplies them through torch's mm: no gather inside of a matrix product is measured faster",
 }

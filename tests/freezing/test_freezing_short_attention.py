@@ -9,12 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from pyft.freezing.lean import short_attention as module
 from pyft.freezing.lean.calls import lean_calls
 from pyft.freezing.lean.short_attention import short_attention_calls
 from pyft.freezing.prefix_cache import PrefixCache
+from pyft.freezing.saved_bytes import saved_bytes
 
 SIZES = (8, 4, 24, 32)
 
@@ -71,6 +73,21 @@ def test_as_torch_with_its_draws(calls: list[Any], options: dict[str, Any], cont
     assert torch.equal(found[-1], results(inputs, **options)[-1])
 
 
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_keeps_less_than_torch(core: Any, p: float) -> None:
+    inputs = operands()
+    batch, heads, rows, _ = SIZES
+    bits, sums = batch * heads * rows * rows // 8, batch * heads * rows * 4
+
+    def run() -> Tensor:
+        return F.scaled_dot_product_attention(*inputs, dropout_p=p)
+
+    with short_attention_calls():
+        few = saved_bytes(run, torch.nn.ParameterList(inputs))
+    assert few == sums + bool(p) * bits
+    assert saved_bytes(run, torch.nn.ParameterList(inputs)) > 4 * few
+
+
 @pytest.mark.parametrize("grad", [True, False])
 def test_without_gradient(calls: list[Any], grad: bool) -> None:
     q, k, v = (x.detach() for x in operands())
@@ -107,6 +124,8 @@ def test_what_else_is_left_to_torch(calls: list[Any]) -> None:
     with short_attention_calls():
         results([q, k, v], attn_mask=learned)
         F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        with sdpa_kernel(SDPBackend.MATH):
+            F.scaled_dot_product_attention(q, k, v)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             F.scaled_dot_product_attention(q, k, v)
         checkpoint(F.scaled_dot_product_attention, q, k, v, use_reentrant=False).sum().backward()

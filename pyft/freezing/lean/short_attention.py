@@ -25,7 +25,7 @@ LEAST_PRODUCTS, PAIRS_FOR_A_THREAD = 2**19, 4
 
 
 class _ShortAttention(Function):
-    """Keeps query, key, value, output, a number for each query, and with dropout one bit for each weight."""
+    """Keeps query, key, value, a number for each query, and with dropout one bit for each weight."""
 
     @staticmethod
     def forward(
@@ -33,16 +33,16 @@ class _ShortAttention(Function):
         scale: float, causal: bool,
     ) -> Tensor:  # fmt: skip
         out, log_sums = short_attention(query, key, value, mask, keep, on, scale, causal)
-        ctx.save_for_backward(query, key, value, mask, keep, out, log_sums)
+        ctx.save_for_backward(query, key, value, mask, keep, log_sums)
         ctx.numbers = on, scale, causal
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second("attention")
-        query, key, value, mask, keep, out, log_sums = ctx.saved_tensors
+        query, key, value, mask, keep, log_sums = ctx.saved_tensors
         on, scale, causal = ctx.numbers
-        grads = short_attention_backward(grad, query, key, value, mask, keep, on, scale, causal, out, log_sums)
+        grads = short_attention_backward(grad, query, key, value, mask, keep, on, scale, causal, log_sums)
         return *grads, None, None, None, None, None
 
 
@@ -78,6 +78,9 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, p: flo
         and 0.0 <= p < 1.0
         and not torch.is_autocast_enabled("cpu")
         and (mask is None or (not causal and _is_mask(mask, query, key)))
+        # Whoever chose one of torch's kernels by `sdpa_kernel` has it.
+        and torch.backends.cuda.flash_sdp_enabled()
+        and torch.backends.cuda.math_sdp_enabled()
         and load_core() is not None
     )
 
