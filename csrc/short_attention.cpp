@@ -124,7 +124,7 @@ std::tuple<Tensor, Tensor> short_attention(const Tensor& query, const Tensor& ke
 std::tuple<Tensor, Tensor, Tensor> short_attention_backward(const Tensor& grad, const Tensor& query, const Tensor& key,
                                                             const Tensor& value, const std::optional<Tensor>& mask,
                                                             const std::optional<Tensor>& keep, double on, double scale,
-                                                            bool causal, const Tensor& out, const Tensor& log_sums) {
+                                                            bool causal, const Tensor& log_sums) {
   ShortAttention work = checked(query, key, value, mask, keep, on, scale, causal);
   check_operand(grad, "grad", query.size(0), query.size(1), query.size(2), query.size(3));
   STD_TORCH_CHECK(log_sums.is_cpu() && log_sums.is_contiguous() &&
