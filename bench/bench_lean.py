@@ -105,8 +105,10 @@ def compare(plain: nn.Module, lean: nn.Module, loss: Callable[[nn.Module], torch
                 spent[i].append(time.perf_counter() - began)
     gradients = [{n: p.grad for n, p in model.named_parameters() if p.grad is not None} for model in (plain, lean)]
     assert gradients[0].keys() == gradients[1].keys()
+    # The gradient of a key's bias is 0 but for rounding: softmax does not see it.
+    rounding = 1e-7 * max(grad.norm() for grad in gradients[0].values())
     for name, grad in gradients[0].items():
-        assert (grad - gradients[1][name]).norm() <= 1e-4 * grad.norm(), name
+        assert (grad - gradients[1][name]).norm() <= 1e-4 * grad.norm() + rounding, name
     kept = [pyft.saved_bytes(lambda m=m: loss(m), m) for m in (plain, lean)]
     seconds = [statistics.median(times) for times in spent.values()]
     bytes_ratio, time_ratio = (

@@ -68,7 +68,7 @@ def test_as_torch_with_its_draws(calls: list[Any], options: dict[str, Any], cont
     assert calls == [SIZES]
     for a, b in zip(found, results(inputs, **options), strict=True):
         assert a.shape == b.shape
-        assert (a - b).abs().max() < 5e-6
+        assert (a - b).abs().max() < 2e-6 * (1.0 + b.abs().max())
     # The generator is where torch's is.
     assert torch.equal(found[-1], results(inputs, **options)[-1])
 
@@ -129,7 +129,7 @@ def test_what_else_is_left_to_torch(calls: list[Any]) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             F.scaled_dot_product_attention(q, k, v)
         checkpoint(F.scaled_dot_product_attention, q, k, v, use_reentrant=False).sum().backward()
-        with pytest.raises(RuntimeError, match="mask"):
+        with pytest.raises(RuntimeError, match="must match"):
             F.scaled_dot_product_attention(q, k, v, attn_mask=torch.zeros(7, 24))
         torch.func.vmap(F.scaled_dot_product_attention)(q[None], k[None], v[None])
     F.scaled_dot_product_attention(q, k, v)
@@ -140,7 +140,7 @@ def test_what_else_is_left_to_torch(calls: list[Any]) -> None:
 def test_compiled_code_has_torchs(calls: list[Any]) -> None:
     q, k, v = (x.detach() for x in operands())
     with short_attention_calls():
-        compiled = torch.compile(F.scaled_dot_product_attention, backend="eager")(q, k, v)
+        compiled = torch.compile(F.scaled_dot_product_attention, backend="aot_eager")(q, k, v)
     assert (compiled - F.scaled_dot_product_attention(q, k, v)).abs().max() < 2e-6
     assert not calls
 
