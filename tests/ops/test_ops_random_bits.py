@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -46,6 +47,26 @@ def test_from_any_state(core: Any, seed: int, before: int, count: int, p: float)
     torch.randn(3, dtype=torch.float64)
     torch.rand(before)
     check(torch.empty(count), p)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.9, 1.0, 2.0**-40])
+@pytest.mark.parametrize(("before", "count"), [(0, 1), (1, 2000), (623, 13), (624, 312), (1000, 1031)])
+def test_the_kernel_against_numpys_twister(cpu_target: str, before: int, count: int, p: float) -> None:
+    """On any processor, whatever generator torch has there."""
+    torch.manual_seed(before)
+    torch.rand(before)
+    state = torch.get_rng_state()
+    twister = np.random.MT19937()
+    words = state[24 : 24 + 624 * 8].numpy().view(np.uint64).astype(np.uint32)
+    left = int(state[8:12].view(torch.int32))
+    place = int(state[16:24].view(torch.int64)) if left > 1 else 624
+    twister.state = {"bit_generator": "MT19937", "state": {"key": words, "pos": place}}
+    drawn = twister.random_raw(2 * count).astype(np.uint64).reshape(count, 2)
+    below = ((drawn[:, 0] << np.uint64(32) | drawn[:, 1]) & np.uint64(2**53 - 1)) / 2.0**53 < p
+    bits = torch.ops.pyft.bernoulli_bits(state, count, p)
+    assert torch.equal(bits, torch.from_numpy(np.packbits(below, bitorder="little")))
+    after = state[24 : 24 + 624 * 8].numpy().view(np.uint64)
+    assert (after == twister.state["state"]["key"]).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
