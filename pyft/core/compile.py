@@ -44,6 +44,7 @@ MEND_NINJA = "pip install ninja"
 MEND_PYBIND11 = "pip install pybind11"
 MEND_HOST = "set CXX to a g++ that this nvcc supports, such as g++-12"
 MEND_TOOLKIT = "install nvcc, its runtime and CCCL in one version: pyft doctor says which"
+MEND_RUNTIME = "set CXX to a g++ that links it so, such as /usr/bin/g++"
 MEND_MEMORY = "free some memory, or set MAX_JOBS=1"
 MEND_DISK = "free some disk space, or set PYFT_CACHE_DIR to another disk"
 
@@ -218,7 +219,16 @@ def compile_into(folder: Path, config: BuildConfig, tools: Tools, log: Path) -> 
         text = log.read_text(encoding="utf-8", errors="replace")
         error = first_error(text) or f"ninja ended with status {done.returncode}"
         raise BuildError(error, mend_for(error, text, log), log)
+    if sys.platform == "linux" and not shares_runtime(library):
+        error = f"{tools.compiler} links no shared libstdc++, and an exception from the core would end the process"
+        raise BuildError(error, MEND_RUNTIME, log)
     return library
+
+
+def shares_runtime(library: Path) -> bool:
+    """Whether a library throws by the C++ runtime that torch uses: exceptions pass between them, so it must be one."""
+    content = library.read_bytes()
+    return b"libstdc++.so" in content or b"__cxa_throw" not in content
 
 
 def compiler_version(tools: Tools) -> str:

@@ -6,13 +6,14 @@ import fcntl
 import json
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pyft.core.compile import first_error, mend_for
+from pyft.core.compile import first_error, mend_for, shares_runtime
 
 
 def wait_for(condition: Any, seconds: float = 60.0) -> None:
@@ -199,6 +200,15 @@ def test_changed_source_or_header_is_another_entry(box: Any) -> None:
     second = box.load()
     assert (first["answer"], second["answer"]) == (42, 43)
     assert first["path"] != second["path"]
+
+
+@pytest.mark.parametrize(("flags", "shares"), [([], True), (["-static-libstdc++"], False)])
+def test_a_runtime_of_its_own_is_seen(tmp_path: Path, flags: list[str], shares: bool) -> None:
+    source = tmp_path / "throws.cpp"
+    source.write_text('#include <stdexcept>\nvoid f() { throw std::runtime_error("thrown"); }\n')
+    library = tmp_path / "throws.so"
+    subprocess.run(["g++", "-shared", "-fPIC", str(source), *flags, "-o", str(library)], check=True)
+    assert shares_runtime(library) == shares
 
 
 def test_source_changed_while_compiling_is_not_kept(box: Any) -> None:
