@@ -16,7 +16,7 @@ pyft::UpdatePlan make_plan(const py::list& params, std::vector<int64_t> present,
                            std::vector<int64_t> groups, std::vector<int64_t> numbers, std::vector<bool> fresh,
                            int64_t seed, const std::string& weights) {
   return pyft::UpdatePlan(pyft::plan_input(params, std::move(present), state, std::move(groups), std::move(numbers),
-                                    std::move(fresh), seed, weights));
+                                           std::move(fresh), seed, weights));
 }
 
 // held: what the gradients come from, if it is they as they came, or None. same_state: state is where it was.
@@ -133,16 +133,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("sum_of_squares", &sum_of_squares, py::arg("handle"), py::arg("clip_value"));
   module.def("elements", &elements, py::arg("handles"), py::arg("places"));
   py::class_<pyft::HeldState>(module, "HeldState")
-      .def(py::init([](const py::list& params, std::vector<int64_t> groups, const py::dict& state,
-                       const py::list& keys, const py::list& handles) {
+      .def(py::init([](const py::list& params, std::vector<int64_t> groups, const py::dict& state, const py::list& keys,
+                       const py::list& handles) {
         return pyft::HeldState(params, std::move(groups), state, keys, pyft::borrow(handles));
       }))
       .def("gradients", &pyft::HeldState::gradients)
       .def("increment_versions", &pyft::HeldState::increment_versions);
   py::class_<pyft::UpdatePlan>(module, "UpdatePlan")
       .def(py::init(&make_plan))
-      .def("set_gradients",
-           &set_gradients, py::arg("grads"), py::arg("held"), py::arg("same_state"))
+      .def("set_gradients", &set_gradients, py::arg("grads"), py::arg("held"), py::arg("same_state"))
       .def("sums_of_squares", &sums_of_squares)
       .def("clip_rows", &clip_rows)
       .def("has_rows", &pyft::UpdatePlan::has_rows)

@@ -6,8 +6,9 @@
 
 namespace pyft {
 
-// Chunks that one thread adds; more are shared out among a warp.
-constexpr int kFewChunks = 16;
+// Chunks that one thread adds; more are shared out among a warp, and many among the block.
+constexpr int kFewChunks = 96;
+constexpr int kManyChunks = 2048;
 
 #ifdef PYFT_SITE
 
@@ -71,20 +72,25 @@ __device__ __forceinline__ WideDouble block_sum(WideDouble x, Shared scratch) {
   }
   __syncthreads();
   WideDouble sum = {0.0, 0.0};
-  for (int i = 0; threadIdx.x == 0 && i < warps; ++i) {
-    sum = add_wide(sum, {scratch[2 * i], scratch[2 * i + 1]});
+  if (warp == 0) {
+    if (lane < warps) {
+      sum = {scratch[2 * lane], scratch[2 * lane + 1]};
+    }
+    sum = warp_sum(sum);
   }
   return sum;
 }
 
 // sums[t] of term(begin[t]) .. term(begin[t + 1] - 1), by one thread block. A barrier makes them visible to it.
-template <class Term>
-__device__ __forceinline__ void sum_of_each(const Term& term, const int64_t* begin, int64_t count, double* sums) {
+// `scratch`: shared, a double for each warp.
+template <class Term, class Shared>
+__device__ __forceinline__ void sum_of_each(const Term& term, const int64_t* begin, int64_t count, double* sums,
+                                            Shared scratch) {
   for (int64_t t = threadIdx.x; t < count; t += blockDim.x) {
     const int64_t first = load(begin + t), last = load(begin + t + 1);
     if (last - first <= kFewChunks) {
       double sum = 0.0;
-#pragma unroll 4
+#pragma unroll 8
       for (int64_t c = first; c < last; ++c) {
         sum += term(c);
       }
@@ -94,7 +100,7 @@ __device__ __forceinline__ void sum_of_each(const Term& term, const int64_t* beg
   const int lane = threadIdx.x % kWarp;
   for (int64_t t = threadIdx.x / kWarp; t < count; t += blockDim.x / kWarp) {
     const int64_t first = load(begin + t), last = load(begin + t + 1);
-    if (last - first > kFewChunks) {
+    if (last - first > kFewChunks && last - first <= kManyChunks) {
       double sum = 0.0;
 #pragma unroll 8
       for (int64_t c = first + lane; c < last; c += kWarp) {
@@ -104,6 +110,24 @@ __device__ __forceinline__ void sum_of_each(const Term& term, const int64_t* beg
       if (lane == 0) {
         store(sums + t, sum);
       }
+    }
+  }
+  // Every warp's tensors are asked about at once: few tensors, or none, have so many.
+  for (int64_t start = 0; start < count; start += kWarp) {
+    const int64_t mine = start + lane;
+    const bool many = mine < count && load(begin + mine + 1) - load(begin + mine) > kManyChunks;
+    for (uint32_t left = __ballot_sync(kAllLanes, many); left != 0; left &= left - 1) {
+      const int64_t t = start + __ffs(left) - 1, last = load(begin + t + 1);
+      double sum = 0.0;
+#pragma unroll 8
+      for (int64_t c = load(begin + t) + threadIdx.x; c < last; c += blockDim.x) {
+        sum += term(c);
+      }
+      sum = block_sum(sum, scratch);
+      if (threadIdx.x == 0) {
+        store(sums + t, sum);
+      }
+      __syncthreads();
     }
   }
 }

@@ -60,11 +60,12 @@ inline ChunkTable cut_into_chunks(const std::vector<int64_t>& numels) {
   return table;
 }
 
-// On a GPU a chunk is the work of one thread block between two looks at the table. Those of long tensors are longer, so
-// that their sums are few.
+// On a GPU a chunk is the work of one thread block between two looks at the table. Those of long tensors are longer:
+// small models keep more blocks busy, large ones have fewer sums to add.
 constexpr int64_t kDeviceChunk = 4096;
-constexpr int64_t kLongDeviceChunk = 16384;
-constexpr int64_t kLongDeviceTensor = int64_t{1} << 23;
+constexpr int64_t device_chunk_of(int64_t numel) {
+  return numel < int64_t{1} << 19 ? kDeviceChunk : numel < int64_t{1} << 26 ? 2 * kDeviceChunk : 4 * kDeviceChunk;
+}
 
 // 16 bytes: one load.
 struct alignas(16) DeviceChunk {
@@ -82,7 +83,7 @@ struct DeviceChunkTable {
 inline DeviceChunkTable cut_for_device(const std::vector<int64_t>& numels) {
   DeviceChunkTable table;
   for (int64_t tensor = 0; tensor < static_cast<int64_t>(numels.size()); ++tensor) {
-    const int64_t limit = numels[tensor] >= kLongDeviceTensor ? kLongDeviceChunk : kDeviceChunk;
+    const int64_t limit = device_chunk_of(numels[tensor]);
     for (int64_t offset = 0; offset < numels[tensor]; offset += limit) {
       const int64_t left = numels[tensor] - offset;
       table.chunks.push_back({offset, static_cast<int32_t>(tensor), static_cast<int32_t>(left < limit ? left : limit)});

@@ -11,8 +11,9 @@
 
 namespace pyft {
 
-// The device whose kernels a library brings. Emulated ones take the place of the CPU's.
-#ifdef PYFT_CUDA_EMULATION
+// The device whose kernels a library brings. Those of tests take the place of the CPU's: emulated ones, or a GPU's on
+// memory that it shares with the CPU (tests/cuda/gpu_core.py).
+#ifdef PYFT_CUDA_SERVES_CPU
 #define PYFT_CUDA_KEY CPU
 constexpr const char* kCudaDevice = "the CPU";
 inline bool on_cuda(const torch::stable::Tensor& tensor) { return tensor.is_cpu(); }

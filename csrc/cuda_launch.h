@@ -67,6 +67,15 @@ struct UpTo {
 using cuda_emulation::load;
 using cuda_emulation::store;
 
+template <class T>
+T load_once(const T* place, cuda_emulation::Site site = cuda_emulation::Site::current()) {
+  return load(place, site);
+}
+template <class T>
+void store_once(T* place, std::type_identity_t<T> value, cuda_emulation::Site site = cuda_emulation::Site::current()) {
+  store(place, value, site);
+}
+
 #elif defined(__CUDACC__)
 
 // A failed launch is told once, here: the next one's check must not find it again.
@@ -77,6 +86,11 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStr
   config.blockDim = block;
   config.stream = stream;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+#ifdef PYFT_CUDA_SERVES_CPU
+  if (error == cudaSuccess) {
+    return cudaDeviceSynchronize();
+  }
+#endif
   return error == cudaSuccess ? error : cudaGetLastError();
 }
 
@@ -109,6 +123,19 @@ __device__ __forceinline__ void store(T* place, std::type_identity_t<T> value) {
   *reinterpret_cast<Bits*>(place) = __builtin_bit_cast(Bits, value);
 }
 
+// What this kernel looks at no more: the first to leave the cache.
+template <class T>
+__device__ __forceinline__ T load_once(const T* place) {
+  using Bits = typename MovesAs<T>::type;
+  return __builtin_bit_cast(T, __ldcs(reinterpret_cast<const Bits*>(place)));
+}
+
+template <class T>
+__device__ __forceinline__ void store_once(T* place, std::type_identity_t<T> value) {
+  using Bits = typename MovesAs<T>::type;
+  __stcs(reinterpret_cast<Bits*>(place), __builtin_bit_cast(Bits, value));
+}
+
 #endif
 
 #if defined(PYFT_CUDA_EMULATION)
@@ -120,6 +147,16 @@ __device__ __forceinline__ void store(T* place, std::type_identity_t<T> value) {
 #endif
 
 #ifdef PYFT_SITE
+
+template <int N, class T>
+__device__ __forceinline__ Vector<T, N> load_vector_once(const T* place PYFT_SITE) {
+  return load_once(reinterpret_cast<const Vector<T, N>*>(place) PYFT_AT_SITE);
+}
+
+template <int N, class T>
+__device__ __forceinline__ void store_vector_once(T* place, Vector<T, N> value PYFT_SITE) {
+  store_once(reinterpret_cast<Vector<T, N>*>(place), value PYFT_AT_SITE);
+}
 
 template <int N, class T>
 __device__ __forceinline__ Vector<T, N> load_vector(const T* place PYFT_SITE) {

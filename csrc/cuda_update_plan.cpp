@@ -12,7 +12,7 @@ constexpr double kAgcEps = 1e-3;
 int32_t device_type_of(const Tensor& tensor) {
   int32_t device_type = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device_type));
-#ifndef PYFT_CUDA_EMULATION
+#ifndef PYFT_CUDA_SERVES_CPU
   STD_TORCH_CHECK(device_type == aoti_torch_device_type_cuda(), "a CUDA plan takes tensors on a GPU");
 #endif
   return device_type;
@@ -102,7 +102,9 @@ bool CudaUpdatePlan::set_gradients(const std::vector<TensorView>& grads, std::ve
 void CudaUpdatePlan::put_groups(const std::vector<RuleHyper>& groups, const std::vector<const float*>& lrs) {
   std::vector<Rule> rules;
   std::vector<DeviceGroup> entries(groups.size());
+  pulled_ = false;
   for (size_t g = 0; g < groups.size(); ++g) {
+    pulled_ = pulled_ || groups[g].decay_to_init != 0.0;
     rules.push_back(groups[g].rule);
     // Padding is compared, too.
     std::memset(static_cast<void*>(&entries[g]), 0, sizeof(DeviceGroup));
@@ -278,6 +280,30 @@ void CudaUpdatePlan::update(const Others& others) {
   launch(&decision()->coef, true, device.stream());
 }
 
+std::optional<UpdateLayout> CudaUpdatePlan::layout() const {
+  const bool shaped = clip_.clip_value < INFINITY || (clip_.takes_norm && clip_.by_rows());
+  std::optional<UpdateLayout> common;
+  for (size_t i = 0; i < tensors_.size() && !pulled_ && !shaped; ++i) {
+    UpdateLayout of_one{rules_[tensors_.group(i)], records_[i].weights, static_cast<FloatFormat>(grads_[i].format),
+                        MomentFormat::none};
+    const RuleInfo& info = kRuleInfo[static_cast<int>(of_one.rule)];
+    for (int k = 0; k < kMoments; ++k) {
+      if (!info.has[k]) {
+        continue;
+      }
+      if (of_one.moments != MomentFormat::none && of_one.moments != records_[i].formats[k]) {
+        return std::nullopt;
+      }
+      of_one.moments = records_[i].formats[k];
+    }
+    if (common.has_value() && *common != of_one) {
+      return std::nullopt;
+    }
+    common = of_one;
+  }
+  return common;
+}
+
 void CudaUpdatePlan::launch(const float* coef, bool advance, cudaStream_t stream) {
   const bool scaled = clip_.takes_norm && !clip_.by_one_factor();
   const UpdateWork work{device_chunks_.data(),
@@ -294,7 +320,7 @@ void CudaUpdatePlan::launch(const float* coef, bool advance, cudaStream_t stream
                         clip_.clip_value,
                         advance,
                         static_cast<uint64_t>(seed_)};
-  check_launch(launch_update(work, stream), "update_");
+  check_launch(launch_update(work, layout(), stream), "update_");
 }
 
 void CudaUpdatePlan::update_by(const std::vector<RuleHyper>& groups, const float* coef) {

@@ -77,6 +77,7 @@ class CudaUpdatePlan {
   void reset_decision();
   void sum_squares(cudaStream_t stream);
   void decide(DecisionStage stage, const Others& others, cudaStream_t stream);
+  std::optional<UpdateLayout> layout() const;
   void launch(const float* coef, bool advance, cudaStream_t stream);
 
   template <class T>
@@ -95,6 +96,8 @@ class CudaUpdatePlan {
   std::vector<DeviceTensor> records_;
   std::vector<DeviceFloats> grads_;
   std::vector<Rule> rules_;
+  // Whether any group is pulled toward its first values.
+  bool pulled_ = false;
   std::vector<Fit> fits_;
   ClipOptions clip_;
   bool fresh_decision_ = false;

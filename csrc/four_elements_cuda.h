@@ -57,29 +57,52 @@ __device__ __forceinline__ T* in_global(T* place) {
   return place;
 }
 
-__device__ __forceinline__ bool moves_at_once(const char* place, int bytes, int count) {
-  return count == kFour && reinterpret_cast<uintptr_t>(place) % (kFour * bytes) == 0;
+__device__ __forceinline__ bool begins_by_four(const void* data, int bytes) {
+  return reinterpret_cast<uintptr_t>(data) % (kFour * bytes) == 0;
 }
 
-// Elements first .. first + count - 1 of `bytes` bytes each, 0 <= count <= 4; zeros in the place of the rest.
+// Elements first .. first + 3 of `bytes` bytes each, as one access. kOnce: nobody looks at them again soon.
+template <bool kOnce>
+__device__ __forceinline__ Four load_at_once(const void* data, int bytes, int64_t first) {
+  const char* place = in_global(static_cast<const char*>(data) + first * bytes);
+  const auto words = reinterpret_cast<const uint32_t*>(place);
+  Four raw = {};
+  if (bytes == 4) {
+    const auto found = kOnce ? load_vector_once<4>(words) : load_vector<4>(words);
+    for (int i = 0; i < 4; ++i) {
+      raw.words[i] = found.at[i];
+    }
+  } else if (bytes == 2) {
+    const auto found = kOnce ? load_vector_once<2>(words) : load_vector<2>(words);
+    raw.words[0] = found.at[0];
+    raw.words[1] = found.at[1];
+  } else {
+    raw.words[0] = kOnce ? load_once(words) : load(words);
+  }
+  return raw;
+}
+
+template <bool kOnce>
+__device__ __forceinline__ void store_at_once(void* data, int bytes, int64_t first, const Four& raw) {
+  const auto words = reinterpret_cast<uint32_t*>(in_global(static_cast<char*>(data) + first * bytes));
+  if (bytes == 4) {
+    const Vector<uint32_t, 4> four{{raw.words[0], raw.words[1], raw.words[2], raw.words[3]}};
+    kOnce ? store_vector_once(words, four) : store_vector(words, four);
+  } else if (bytes == 2) {
+    const Vector<uint32_t, 2> two{{raw.words[0], raw.words[1]}};
+    kOnce ? store_vector_once(words, two) : store_vector(words, two);
+  } else {
+    kOnce ? store_once(words, raw.words[0]) : store(words, raw.words[0]);
+  }
+}
+
+// Elements first .. first + count - 1, 0 <= count <= 4; zeros in the place of the rest.
 __device__ __forceinline__ Four load_four(const void* data, int bytes, int64_t first, int count) {
   const char* place = in_global(static_cast<const char*>(data) + first * bytes);
-  Four raw = {};
-  if (moves_at_once(place, bytes, count)) {
-    if (bytes == 4) {
-      const auto found = load_vector<4>(reinterpret_cast<const uint32_t*>(place));
-      for (int i = 0; i < 4; ++i) {
-        raw.words[i] = found.at[i];
-      }
-    } else if (bytes == 2) {
-      const auto found = load_vector<2>(reinterpret_cast<const uint32_t*>(place));
-      raw.words[0] = found.at[0];
-      raw.words[1] = found.at[1];
-    } else {
-      raw.words[0] = load(reinterpret_cast<const uint32_t*>(place));
-    }
-    return raw;
+  if (count == kFour && begins_by_four(place, bytes)) {
+    return load_at_once<false>(data, bytes, first);
   }
+  Four raw = {};
 #pragma unroll
   for (int i = 0; i < kFour; ++i) {
     if (i < count) {
@@ -94,16 +117,8 @@ __device__ __forceinline__ Four load_four(const void* data, int bytes, int64_t f
 
 __device__ __forceinline__ void store_four(void* data, int bytes, int64_t first, int count, const Four& raw) {
   char* place = in_global(static_cast<char*>(data) + first * bytes);
-  if (moves_at_once(place, bytes, count)) {
-    if (bytes == 4) {
-      store_vector(reinterpret_cast<uint32_t*>(place),
-                   Vector<uint32_t, 4>{{raw.words[0], raw.words[1], raw.words[2], raw.words[3]}});
-    } else if (bytes == 2) {
-      store_vector(reinterpret_cast<uint32_t*>(place), Vector<uint32_t, 2>{{raw.words[0], raw.words[1]}});
-    } else {
-      store(reinterpret_cast<uint32_t*>(place), raw.words[0]);
-    }
-    return;
+  if (count == kFour && begins_by_four(place, bytes)) {
+    return store_at_once<false>(data, bytes, first, raw);
   }
 #pragma unroll
   for (int i = 0; i < kFour; ++i) {

@@ -14,26 +14,34 @@ constexpr int kFinishThreads = 512;
 
 // Each thread adds places 4 t .. 4 t + 3 of every 1024, in four running sums; `add` gets one of them, its number and an
 // element. Zeros where the chunk ends early.
-template <class Add>
-__device__ __forceinline__ void for_each_element(const DeviceFloats& tensor, const DeviceChunk& chunk, const Add& add) {
-  const FloatFormat format = tensor.float_format();
+template <FloatFormat kFormat, class Add>
+__device__ __forceinline__ void for_each_of(const void* data, const DeviceChunk& chunk, const Add& add) {
   for (int begin = static_cast<int>(threadIdx.x) * kFour; begin < chunk.length; begin += kElementsAtOnce) {
     Four raw[kLoads];
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
       const int place = begin + j * kThreads * kFour, left = chunk.length - place;
-      raw[j] = load_four(tensor.data, bytes_of(format), chunk.offset + place,
-                         left < 0       ? 0
-                         : left < kFour ? left
-                                        : kFour);
+      raw[j] = load_four(data, bytes_of(kFormat), chunk.offset + place, left < 0 ? 0 : left < kFour ? left : kFour);
     }
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
 #pragma unroll
       for (int i = 0; i < kFour; ++i) {
-        add(i, fp32_at(raw[j], format, i));
+        add(i, fp32_at(raw[j], kFormat, i));
       }
     }
+  }
+}
+
+template <class Add>
+__device__ __forceinline__ void for_each_element(const DeviceFloats& tensor, const DeviceChunk& chunk, const Add& add) {
+  const FloatFormat format = tensor.float_format();
+  if (format == FloatFormat::fp32) {
+    for_each_of<FloatFormat::fp32>(tensor.data, chunk, add);
+  } else if (format == FloatFormat::bf16) {
+    for_each_of<FloatFormat::bf16>(tensor.data, chunk, add);
+  } else {
+    for_each_of<FloatFormat::fp16>(tensor.data, chunk, add);
   }
 }
 
@@ -122,7 +130,7 @@ __global__ void __launch_bounds__(kFinishThreads)
     finish_norm_kernel(DeviceFloatsTable table, const double* partial, double* sums, const double* largest, double p,
                        float* norm) {
   PYFT_SHARED(double, of_warps, 2 * kFinishThreads / kWarp);
-  sum_of_each([=](int64_t c) { return load(partial + c); }, table.begin, table.num_tensors, sums);
+  sum_of_each([=](int64_t c) { return load(partial + c); }, table.begin, table.num_tensors, sums, of_warps);
   __syncthreads();
   WideDouble mine = {0.0, 0.0};
   for (int64_t t = threadIdx.x; t < table.num_tensors; t += kFinishThreads) {

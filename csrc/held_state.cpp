@@ -11,7 +11,10 @@ namespace pyft {
 
 HeldState::HeldState(const py::list& params, std::vector<int64_t> groups, const py::dict& state, const py::list& keys,
                      OwnedHandles handles)
-    : groups_(std::move(groups)), handles_(std::move(handles)), last_grads_(params.size(), nullptr), views_(params.size()) {
+    : groups_(std::move(groups)),
+      handles_(std::move(handles)),
+      last_grads_(params.size(), nullptr),
+      views_(params.size()) {
   for (size_t i = 0; i < handles_.size(); ++i) {
     records_.emplace_back(handles_[i]);
   }

@@ -17,8 +17,7 @@ const dlpack::ExchangeTable* find_exchange(const py::object& tensor) {
     return nullptr;
   }
   const py::object capsule = tensor.attr(kAttribute);
-  auto* table =
-      static_cast<const dlpack::ExchangeTable*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  auto* table = static_cast<const dlpack::ExchangeTable*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   while (table != nullptr && table->major_version != dlpack::kMajorVersion) {
     table = table->previous;
   }

@@ -9,8 +9,8 @@
 
 namespace pyft {
 
-// A view of a tensor of exactly the class torch.Tensor, on the CPU, through DLPack's exchange table (DLPack 1.3). False:
-// it is something else, or DLPack does not know it.
+// A view of a tensor of exactly the class torch.Tensor, on the CPU, through DLPack's exchange table (DLPack 1.3).
+// False: it is something else, or DLPack does not know it.
 bool look_through(PyObject* tensor, TensorView& view);
 
 // Begins to load what look_through will read of a torch.Tensor that is in the cache itself.

@@ -17,21 +17,28 @@ __device__ __forceinline__ double factor_of(double sum_of_squares, double limit)
 }
 
 // The sum of squares of each tensor.
-__device__ __forceinline__ void sum_tensors(const DecisionWork& work) {
+template <class Shared>
+__device__ __forceinline__ void sum_tensors(const DecisionWork& work, Shared scratch) {
   const auto term = [&work](int64_t i) { return load(work.terms + i); };
-  sum_of_each(term, work.begin, work.num_tensors, work.sums);
+  sum_of_each(term, work.begin, work.num_tensors, work.sums, scratch);
   __syncthreads();
 }
 
+// Whether neither parts of tensors nor tensors are clipped, so that the sums are what is left of them.
+__device__ __forceinline__ bool leaves_tensors(const DecisionWork& work) {
+  return work.factors == nullptr && !(work.tensor_limit < INFINITY);
+}
+
 // Behind these sums, what is left after the parts of each tensor and the tensor itself were clipped.
-__device__ __forceinline__ void clip_tensors(const DecisionWork& work) {
+template <class Shared>
+__device__ __forceinline__ void clip_tensors(const DecisionWork& work, Shared scratch) {
   double *sums = work.sums, *clipped = work.sums + work.num_tensors;
   if (work.factors != nullptr) {
     const auto clipped_term = [&work](int64_t i) {
       const double factor = load(work.factors + i);
       return load(work.terms + i) * factor * factor;
     };
-    sum_of_each(clipped_term, work.begin, work.num_tensors, clipped);
+    sum_of_each(clipped_term, work.begin, work.num_tensors, clipped, scratch);
   } else {
     for (int64_t t = threadIdx.x; t < work.num_tensors; t += kThreads) {
       const double sum = load(sums + t), factor = factor_of(sum, work.tensor_limit);
@@ -57,7 +64,7 @@ __device__ __forceinline__ void store_sum(const double* terms, int64_t count, Sh
 
 // Each warp takes a group at a time.
 __device__ __forceinline__ void store_group_sums(const DecisionWork& work, double* part) {
-  const double* clipped = work.sums + work.num_tensors;
+  const double* clipped = leaves_tensors(work) ? work.sums : work.sums + work.num_tensors;
   const int lane = threadIdx.x % kWarp;
   for (int64_t group = threadIdx.x / kWarp; group < work.num_groups; group += kWarps) {
     WideDouble sum = {0.0, 0.0};
@@ -90,9 +97,15 @@ __device__ __forceinline__ double block_min(double x, Shared scratch) {
 template <class Shared>
 __device__ __forceinline__ void fill_part(const DecisionWork& work, Shared scratch) {
   double* part = work.parts + work.device * part_size(work.num_groups);
-  clip_tensors(work);
   store_sum(work.sums, work.num_tensors, scratch, part);
-  store_sum(work.sums + work.num_tensors, work.num_tensors, scratch, part + 2);
+  if (leaves_tensors(work)) {
+    if (threadIdx.x < 2) {
+      store(part + 2 + threadIdx.x, load(part + threadIdx.x));
+    }
+  } else {
+    clip_tensors(work, scratch);
+    store_sum(work.sums + work.num_tensors, work.num_tensors, scratch, part + 2);
+  }
   double bad = INFINITY;
   for (int64_t t = threadIdx.x; t < work.num_tensors; t += kThreads) {
     const double number = static_cast<double>(load(work.numbers + t));
@@ -185,7 +198,7 @@ __device__ __forceinline__ void decide(const DecisionWork& work, Shared scratch)
 __global__ void __launch_bounds__(kThreads, 1) decision_kernel(DecisionWork work, DecisionStage stage) {
   PYFT_SHARED(double, scratch, 2 * kWarps);
   if (stage != DecisionStage::rest && stage != DecisionStage::after_sums) {
-    sum_tensors(work);
+    sum_tensors(work, scratch);
   }
   if (stage != DecisionStage::rest && stage != DecisionStage::sums) {
     fill_part(work, scratch);

@@ -1,6 +1,8 @@
 // The update of all tensors on a GPU in one launch: any rule on any storage format. No torch header.
 #pragma once
 
+#include <optional>
+
 #include "chunks.h"
 #include "cuda_launch.h"
 #include "float_formats.h"
@@ -62,7 +64,22 @@ struct UpdateWork {
   uint64_t seed;
 };
 
-// Updates all tensors, unless decision->skip says no.
-cudaError_t launch_update(const UpdateWork& work, cudaStream_t stream);
+// How all tensors of a launch are stored, and the rule of all groups: the same everywhere, with no pull toward first
+// values, no limit of elements and no factors of rows.
+struct UpdateLayout {
+  Rule rule;
+  WeightFormat weights;
+  FloatFormat grads;
+  // none: the rule has no moments.
+  MomentFormat moments;
+
+  bool operator==(const UpdateLayout&) const = default;
+};
+
+// Updates all tensors, unless decision->skip says no; faster where they have one `layout`.
+cudaError_t launch_update(const UpdateWork& work, const std::optional<UpdateLayout>& layout, cudaStream_t stream);
+
+// Nothing where no kernel was compiled for the layout.
+std::optional<cudaError_t> launch_fixed_update(const UpdateWork& work, const UpdateLayout& layout, cudaStream_t stream);
 
 }  // namespace pyft

@@ -184,9 +184,10 @@ PYFT_LOOPS_TARGET inline void update_range(const TensorUpdate& t, bool plain, in
   }
 }
 
-// Two places of a long chunk in fp32 may be worked on in turn: twice as many cache lines are under way, which one core of
-// some kinds needs to keep the memory busy. Blocks of narrower formats take longer than their memory, and change places too seldom
-// for the hardware to see what comes next: one place after the other is a quarter faster with 8-bit moments.
+// Two places of a long chunk in fp32 may be worked on in turn: twice as many cache lines are under way, which one core
+// of some kinds needs to keep the memory busy. Blocks of narrower formats take longer than their memory, and change
+// places too seldom for the hardware to see what comes next: one place after the other is a quarter faster with 8-bit
+// moments.
 PYFT_LOOPS_TARGET void update_chunk(const TensorUpdate& t, int64_t offset, int64_t length) {
   const bool plain = is_plain(t);
   if (length < kTwoStreams || !plain || !works_on_two_places()) {

@@ -175,8 +175,7 @@ double UpdatePlan::next_count(size_t i, bool advance) const {
 }
 
 UpdatePlan::StepNumbers UpdatePlan::numbers_of_step(const std::vector<RuleHyper>& groups,
-                                                    const std::vector<double>& scales, float clip_value,
-                                                    bool advance) {
+                                                    const std::vector<double>& scales, float clip_value, bool advance) {
   std::vector<Rule> rules;
   for (const RuleHyper& group : groups) {
     rules.push_back(group.rule);

@@ -26,8 +26,7 @@ class UpdatePlan {
   // False: one no longer fits, build a new plan. `to_be_copied` gets the numbers of gradients of another layout than
   // their parameter's, or another dtype or device than the core takes.
   // With `same_state` state tensors are known to be where they were.
-  bool set_gradients(const std::vector<TensorView>& grads, std::vector<int64_t>& to_be_copied,
-                     bool same_state = false);
+  bool set_gradients(const std::vector<TensorView>& grads, std::vector<int64_t>& to_be_copied, bool same_state = false);
 
   // Sum of squares of each gradient, clamped to [-clip_value, clip_value]. Sums that are known already are given, NaN
   // stands for unknown; an empty list for none known.
@@ -55,8 +54,8 @@ class UpdatePlan {
  private:
   void point_at(TensorUpdate& update, size_t i, Slot slot, void* data);
   struct StepNumbers;
-  StepNumbers numbers_of_step(const std::vector<RuleHyper>& groups, const std::vector<double>& scales,
-                              float clip_value, bool advance);
+  StepNumbers numbers_of_step(const std::vector<RuleHyper>& groups, const std::vector<double>& scales, float clip_value,
+                              bool advance);
   double next_count(size_t i, bool advance) const;
   void prepare(size_t i, const StepNumbers& numbers);
   void fetch_next(size_t c) const;

@@ -76,8 +76,9 @@ class _OfOneDevice:
     def __init__(self, members: list[Member], places: list[int]) -> None:
         self.members, self.places = members, places
         device = members[0].param.device
+        # From pinned memory nothing waits; a copy of its own, or the memory could be somebody else's before it is read.
         words = torch.frombuffer(bytearray(_NEW_DECISION), dtype=torch.int64)
-        self.decision = words.to(device)
+        self.decision = (words.pin_memory() if device.type == "cuda" else words.clone()).to(device, non_blocking=True)
         self.parts = torch.empty(0, dtype=torch.float64, device=device)
         self.params = [member.local for member in members]
         self.core_plan: Any = None

@@ -163,6 +163,71 @@ def test_bytes_of_an_element(gpu: Any, dtype: torch.dtype, options: Any, more: A
             assert kernel.loads.wide * 16 >= 0.99 * size * (4 if name == "sum_kernel" else 16)
 
 
+LAYOUTS: list[tuple[str, dict[str, Any], torch.dtype]] = [
+    ("AdamW", {}, torch.float32),
+    ("AdamW", {"amsgrad": True}, torch.float32),
+    ("AdamW", {"state_dtype": "bfloat16"}, torch.float32),
+    ("AdamW", {"state_dtype": "int8"}, torch.float32),
+    ("AdamW", {}, torch.float16),
+    ("AdamW", {}, torch.bfloat16),
+    ("AdamW", {"state_dtype": "bfloat16"}, torch.bfloat16),
+    ("AdamW", {"state_dtype": "int8"}, torch.bfloat16),
+    ("AdamW", {"weights": "split32"}, torch.bfloat16),
+    ("AdamW", {"weights": "split32", "state_dtype": "int8"}, torch.bfloat16),
+    ("AdamW", {"weights": "kahan", "state_dtype": "bfloat16"}, torch.bfloat16),
+    ("AdamW", {"weights": "stochastic", "state_dtype": "bfloat16"}, torch.bfloat16),
+    ("Adam", {}, torch.float32),
+    ("Adam", {"state_dtype": "int8"}, torch.float32),
+    ("SGD", {}, torch.float32),
+    ("SGD", {"momentum": 0.9}, torch.float32),
+    ("SGD", {"momentum": 0.9, "nesterov": True}, torch.float32),
+    ("SGD", {"momentum": 0.9}, torch.bfloat16),
+    ("RMSprop", {}, torch.float32),
+    ("Adagrad", {}, torch.float32),
+    ("Lion", {}, torch.float32),
+    ("Lion", {"state_dtype": "bfloat16"}, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "dtype"), LAYOUTS, ids=lambda value: str(value).replace("torch.", ""))
+def test_the_kernel_of_one_layout_has_the_bits_of_that_for_any(
+    gpu: Any, name: str, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """A pull too weak to change a number needs the kernel that asks every tensor for its formats."""
+    sizes = (5000, 257, 1, 2048)
+    both = [[parameters(1, size, dtype)[0] for size in sizes] for _ in range(2)]
+    odd = torch.zeros(1001, dtype=dtype)
+    for params in both:
+        params.append(torch.nn.Parameter(odd.clone()[1:]))
+        params[-1].grad = torch.linspace(-1, 1, 1000).to(dtype)
+    fixed = getattr(pyft.optim, name)(both[0], lr=1e-2, **options)
+    asking = getattr(pyft.optim, name)(both[1], lr=1e-2, decay_to_init=1e-30, **options)
+    gpu.set(traffic=True)
+    for step in range(3):
+        for optimizer, kernel in ((fixed, "FixedLayout"), (asking, "AnyLayouts")):
+            gpu.reset()
+            optimizer.step()
+            (launched,) = gpu.traffic()
+            assert kernel in launched, (step, launched)
+    for one, other in zip(both[0], both[1], strict=True):
+        assert torch.equal(one, other)
+        assert all(torch.equal(value, asking.state[other][key]) for key, value in fixed.state[one].items())
+
+
+def test_tensors_of_several_layouts_are_one_launch(gpu: Any) -> None:
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    together, alone = ([parameters(1, 600, dtype)[0] for dtype in dtypes] for _ in range(2))
+    mixed = pyft.optim.AdamW(together)
+    each = [pyft.optim.AdamW([param]) for param in alone]
+    for _ in range(2):
+        gpu.reset()
+        mixed.step()
+        assert gpu.counters()["launches"] == 1
+        for optimizer in each:
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+
+
 def test_counters_and_report_stay_on_the_gpu_until_asked(gpu: Any, no_waiting: Any) -> None:
     params = parameters(3)
     optimizer = pyft.optim.AdamW(params, clip_norm=1.0)
