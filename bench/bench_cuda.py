@@ -1,11 +1,12 @@
 """On a GPU: one step of clip and AdamW, and lean layers; time from bytes and bandwidth, and measured where one is here.
 
 python bench/bench_cuda.py     # the tables of docs/cuda.md
-pytest bench/bench_cuda.py     # needs a GPU; torch's fused AdamW and bitsandbytes in the same run, and torch's layers
+pytest bench/bench_cuda.py     # needs a GPU; torch's fused AdamW, apex, bitsandbytes and torch's layers in the same run
 """
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -181,15 +182,22 @@ def clipped(params: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) 
 
 
 def peers_of(row: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    found: dict[str, Callable[[], object]] = {}
+    """Of those that `ROWS` names, torch and what is installed."""
+    made: dict[str, Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]] = {}
     if "torch fused" in ROWS[row]:
-        params = on_gpu(dtype)
         amsgrad = OURS[row][1].get("amsgrad", False)
-        found["torch fused"] = clipped(params, torch.optim.AdamW(params, lr=1e-5, fused=True, amsgrad=amsgrad))
-    if "bitsandbytes" in ROWS[row]:
-        bitsandbytes = pytest.importorskip("bitsandbytes", reason="pip install 'pyft[peers]'")
+        made["torch fused"] = lambda params: torch.optim.AdamW(params, lr=1e-5, fused=True, amsgrad=amsgrad)
+    # Its masters are for fp16 alone.
+    if "apex" in ROWS[row] and "master" not in row and importlib.util.find_spec("amp_C") is not None:
+        optimizers = importlib.import_module("apex.optimizers")
+        made["apex"] = lambda params: optimizers.FusedAdam(params, lr=1e-5, weight_decay=0.01)
+    if "bitsandbytes" in ROWS[row] and importlib.util.find_spec("bitsandbytes") is not None:
+        bitsandbytes = importlib.import_module("bitsandbytes")
+        made["bitsandbytes"] = lambda params: bitsandbytes.optim.AdamW8bit(params, lr=1e-5)
+    found = {}
+    for who, make in made.items():
         params = on_gpu(dtype)
-        found["bitsandbytes"] = clipped(params, bitsandbytes.optim.AdamW8bit(params, lr=1e-5))
+        found[who] = clipped(params, make(params))
     return found
 
 

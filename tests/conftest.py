@@ -35,6 +35,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="compile them with AddressSanitizer, whose library must be in LD_PRELOAD",
     )
+    parser.addoption(
+        "--cuda-gpu",
+        action="store_true",
+        help="run ops on their CUDA kernels on the GPU, which is given the CPU's tensors (tests/cuda/gpu_core.py)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -45,10 +50,22 @@ def pytest_configure(config: pytest.Config) -> None:
         from emulated_core import load
 
         config.stash[EMULATION] = load(order, config.getoption("--cuda-emulation-sanitize"))[1]
+    elif config.getoption("--cuda-gpu"):
+        import gpu_core
+
+        config.stash[EMULATION] = gpu_core.load()[1]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--cuda-gpu"):
+        # torch makes the memory of copies and of what was pickled by itself: no GPU reaches it, and none forgets that.
+        for item in items:
+            if re.search("deepcopy|pickled|copies|copy", item.name):
+                item.add_marker(pytest.mark.skip(reason="its tensors are not in pinned memory"))
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    if (emulation := config.stash.get(EMULATION, None)) is not None:
+    if (emulation := config.stash.get(EMULATION, None)) is not None and not config.getoption("--cuda-gpu"):
         counts = ", ".join(f"{count} {name}" for name, count in emulation.counters().items())
         terminalreporter.write_line(f"CUDA emulation, {emulation.order}: {len(emulation.traffic())} kernels, {counts}")
 
@@ -89,7 +106,7 @@ def core() -> Any:
 
 @pytest.fixture(scope="session")
 def emulation(request: pytest.FixtureRequest) -> Any:
-    """Settings and counters of the CUDA emulation on which the ops run, or None on the CPU's own kernels."""
+    """Settings and counters of the CUDA emulation, or GPU, on which the ops run; None on the CPU's own kernels."""
     return request.config.stash.get(EMULATION, None)
 
 

@@ -31,7 +31,16 @@ from pyft.core.cache import cache_root
 from pyft.core.compile import find_compiler, find_ninja, locked
 
 FOLDER = Path(__file__).resolve().parent
-FLAGS = ("-DPYFT_CUDA_EMULATION", "-O2", "-g1", "-Wno-unknown-pragmas", "-MMD", "-MF", "$out.d")
+FLAGS = (
+    "-DPYFT_CUDA_EMULATION",
+    "-DPYFT_CUDA_SERVES_CPU",
+    "-O2",
+    "-g1",
+    "-Wno-unknown-pragmas",
+    "-MMD",
+    "-MF",
+    "$out.d",
+)
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 ORDERS = ("ascending", "descending", "random")
 COUNTERS = ("launches", "synchronisations", "copies", "copied_bytes", "fills", "allocations")

@@ -37,7 +37,7 @@ def results(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, seed: 
     # A product before it: an in-place layer may not write to a leaf, and rounds nothing.
     y = run(leaf * 1.0)
     generator = torch.Generator().manual_seed(y.numel())
-    grad = torch.randn(y.shape, generator=generator).to(y.dtype)
+    grad = torch.randn(y.shape, generator=generator).to(y.device, y.dtype)
     (dx,) = torch.autograd.grad(y, leaf, grad)
     return [y.detach(), dx]
 

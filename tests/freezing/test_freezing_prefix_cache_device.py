@@ -91,7 +91,7 @@ def test_a_run_on_a_gpu_keeps_features_there(tmp_path: Any, capfd: pytest.Captur
     model = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2))
     result = pyft.finetune(model, (x, y), strategy="head", epochs=3, out=tmp_path / "run", device="cuda", export=None)
     assert all(parameter.is_cuda for parameter in result.model.parameters())
-    assert result.metrics["accuracy"] > 0.6
+    assert result.metrics["val_accuracy"] > 0.6
     assert "kept in memory of cuda:0" in capfd.readouterr().err
     cache = PrefixCache(body().cuda(), X[:3].cuda(), num_samples=12)
     assert cache.place == "in memory of cuda:0"

@@ -187,6 +187,7 @@ def test_finetune_on_a_full_disk(
         return pyft.finetune(
             nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 2)), (INPUTS, targets), freeze="0",
             strategy="full", epochs=1, lr=1e-2, out=tmp_path / "run", export=None, cache_features=where,
+            device="cpu",
         )  # fmt: skip
 
     if where == "disk":

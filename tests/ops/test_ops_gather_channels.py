@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pyft.core import loader
 from pyft.ops import gather_channels
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -165,6 +166,7 @@ def test_wrong_arguments_are_named(emulation: object) -> None:
     if emulation is None and not torch.cuda.is_available():
         pytest.skip("PyTorch serves the CPU and names them itself")
     device = "cpu" if emulation is not None else "cuda"
+    assert loader.load_core_for(device) is not None
     x, channels = torch.ones(3, 4, 2, device=device), torch.tensor([0, 1], device=device)
     for wrong in (x.double(), x[0]):
         with pytest.raises(

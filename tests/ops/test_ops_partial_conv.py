@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,10 +28,12 @@ CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 @pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU here")
-    return request.param
+    # cuDNN may otherwise round fp32 to 10 bits.
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        yield request.param
 
 
 def leaf(*shape: int) -> Tensor:

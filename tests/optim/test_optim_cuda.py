@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from typing import Any
@@ -34,11 +35,13 @@ def cuda_core() -> Any:
     return core
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def waiting_is_an_error() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def models(dtype: torch.dtype) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
@@ -71,13 +74,36 @@ def test_has_the_bits_of_the_cpu(name: str, options: dict[str, Any], dtype: torc
         assert theirs.last_step.total_norm == pytest.approx(ours.last_step.total_norm, rel=1e-13)
 
 
-def test_nothing_waits(waiting_is_an_error: None) -> None:
+def test_nothing_waits() -> None:
     _, params = models(torch.float32)
     optimizer = pyft.optim.AdamW(params, clip_norm=1.0)
+    with waiting_is_an_error():
+        take_steps(params, optimizer)
+    assert optimizer.last_step.total_norm > 0
+
+
+def take_steps(params: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
     for step in range(3):
         for param in params:
             param.grad = torch.full_like(param, float(step))
         optimizer.step()
+
+
+@pytest.mark.parametrize("count", [1, 2000])
+@pytest.mark.parametrize(("options", "most"), [({}, 1), ({"clip_norm": 1.0}, 3)])
+def test_launches_of_a_step(options: dict[str, Any], most: int, count: int) -> None:
+    params = [torch.nn.Parameter(torch.ones(512, device="cuda")) for _ in range(count)]
+    optimizer = pyft.optim.AdamW(params, **options)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    for _ in range(2):
+        optimizer.step()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        optimizer.step()
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len([name for name in names if not name.startswith(("Memcpy", "Memset"))]) == most, names
 
 
 def test_a_captured_step_is_a_step() -> None:
