@@ -8,8 +8,10 @@ namespace {
 using namespace pyft;
 using drive::Memory;
 
-// Parts of a tensor: few are added by a thread, more than kFewChunks by a warp.
-const std::vector<int64_t> kBegin{0, 1, 17, 34, 100, 103};
+// Parts of a tensor: kFewChunks are added by a thread, more by a warp, more than kManyChunks by all: behind those sums
+// is a barrier that hides what is missing elsewhere.
+using Begin = std::vector<int64_t>;
+const Begin kPlain{0, 1, 97, 194, 260, 263}, kWithMany{0, 1, 97, 194, 2294, 2297};
 const std::vector<int32_t> kGroups{0, 1, 0, 1, 0};
 const std::vector<int64_t> kNumbers{14, 13, 12, 11, 10};
 constexpr int kTensors = 5, kGroupCount = 2;
@@ -25,24 +27,24 @@ double factor(double sum, double limit) {
   return std::isfinite(norm) ? std::fmin(1.0, limit / (norm + 1e-6)) : 1.0;
 }
 
-void check_one(const Limits& limits) {
-  std::vector<double> terms(kBegin.back());
-  std::vector<float> factors(kBegin.back());
-  for (int64_t i = 0; i < kBegin.back(); ++i) {
+void check_parts(const Limits& limits, const Begin& begin) {
+  std::vector<double> terms(begin.back());
+  std::vector<float> factors(begin.back());
+  for (int64_t i = 0; i < begin.back(); ++i) {
     terms[i] = 1.0 + drive::number(1, i);
     factors[i] = 0.5f + 0.25f * drive::number(2, i);
   }
-  terms[40] += limits.third;
-  terms[101] += limits.fifth;
+  terms[begin[3] + 6] += limits.third;
+  terms[begin[4] + 1] += limits.fifth;
   Memory<double> device_terms(terms), sums(2 * kTensors), group_factors(kGroupCount), parts(part_size(kGroupCount));
   Memory<float> device_factors(factors), scales(kTensors);
-  Memory<int64_t> begin(kBegin), numbers(kNumbers);
+  Memory<int64_t> device_begin(begin), numbers(kNumbers);
   Memory<int32_t> groups(kGroups);
   Memory<StepDecision> decision(std::vector<StepDecision>(1));
   decision[0].skipped = 4;
   const bool one_factor = !limits.by_rows && std::isinf(limits.tensor) && std::isinf(limits.group);
   const DecisionWork work{device_terms.data(),
-                          begin.data(),
+                          device_begin.data(),
                           kTensors,
                           limits.by_rows ? device_factors.data() : nullptr,
                           groups.data(),
@@ -66,7 +68,7 @@ void check_one(const Limits& limits) {
   for (int t = 0; t < kTensors; ++t) {
     double sum = 0.0, clipped = 0.0;
     smallest_row[t] = 1.0;
-    for (int64_t i = kBegin[t]; i < kBegin[t + 1]; ++i) {
+    for (int64_t i = begin[t]; i < begin[t + 1]; ++i) {
       sum += terms[i];
       clipped += terms[i] * factors[i] * factors[i];
       smallest_row[t] = std::fmin(smallest_row[t], factors[i]);
@@ -101,6 +103,11 @@ void check_one(const Limits& limits) {
     memory->expect_guards("what lies around sums");
   }
   scales.expect_guards("what lies around scales");
+}
+
+void check_one(const Limits& limits) {
+  check_parts(limits, kPlain);
+  check_parts(limits, kWithMany);
 }
 
 void check() {

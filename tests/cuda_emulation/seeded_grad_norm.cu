@@ -8,7 +8,7 @@ using namespace pyft;
 using drive::Memory;
 
 // The first does not begin at the place of a vector; the second has more chunks than one thread adds.
-const std::vector<int64_t> kSizes{37, 18 * kDeviceChunk + 1203, kDeviceChunk + 6};
+const std::vector<int64_t> kSizes{37, 4 * kDeviceChunk + 1203, kDeviceChunk + 6}, kChunks{256, 128, kDeviceChunk};
 
 // Of the magnitudes' powers; p = 0 stands for the squares of clamped elements.
 double term(double x, double p) {
@@ -31,7 +31,13 @@ void check() {
   const auto element = [&](int tensor, int64_t i) {
     return tensor == 0 ? first[i] : tensor == 1 ? second[i] : to_fp32(third[i]);
   };
-  const DeviceChunkTable cut = cut_for_device(kSizes);
+  DeviceChunkTable cut;
+  for (int32_t t = 0; t < 3; ++t) {
+    for (int64_t offset = 0; offset < kSizes[t]; offset += kChunks[t]) {
+      cut.chunks.push_back({offset, t, static_cast<int32_t>(std::min(kChunks[t], kSizes[t] - offset))});
+    }
+    cut.begin.push_back(static_cast<int64_t>(cut.chunks.size()));
+  }
   Memory<DeviceChunk> chunks(cut.chunks);
   Memory<int64_t> begin(cut.begin);
   Memory<DeviceFloats> tensors(std::vector<DeviceFloats>{{first.data(), static_cast<int64_t>(FloatFormat::fp32)},

@@ -49,8 +49,9 @@ class Bug:
 
 BARRIER = "__syncthreads();"
 TAIL = "left < kFour ? static_cast<int>(left) : kFour"
-ALIGNED = "reinterpret_cast<uintptr_t>(place) % (kFour * bytes) == 0"
-UPDATE, DECISION, NORM = "update_cuda.cu", "step_decision_cuda.cu", "grad_norm_cuda.cu"
+ALIGNED = "reinterpret_cast<uintptr_t>(data) % (kFour * bytes) == 0"
+UPDATE, BLOCK, TENSOR = "update_kernel_cuda.h", "update_block_cuda.h", "update_tensor_cuda.h"
+DECISION, NORM = "step_decision_cuda.cu", "grad_norm_cuda.cu"
 MASKED = "masked_rows_cuda.cu"
 BITS, BITS_MATH = "bit_masks_cuda.cu", "bit_masks_math.h"
 POOL, POOL_MATH = "max_pool_cuda.cu", "max_pool_math.h"
@@ -83,16 +84,19 @@ BUGS: dict[str, dict[str, Bug]] = {
         "the block after the last one moves the counters on": Bug(
             UPDATE, "&work.decision->done, 1u) == ", "gridDim.x - 1", "gridDim.x", "wrong: count"
         ),
-        "the tail is a whole vector": Bug(UPDATE, "left < 0 ? 0 : ", TAIL, "kFour", "wrong|race"),
+        "the tail is a whole vector": Bug(BLOCK, "left < 0 ? 0 : ", "static_cast<int>(left)", "kFour", "wrong|race"),
+        "the second half is read where the first is": Bug(
+            BLOCK, "more = read_elements<kWhole>(layout, t, grad, false, ", "second", "first", "wrong: param"
+        ),
         "a step that was refused is taken": Bug(UPDATE, "", "load(&work.decision->skip) != 0", "false", "wrong: param"),
         "every lane reads the scale that one lane writes": Bug(
-            UPDATE, "const float scale = ", "lane == 0", "true", "race: .* global memory"
+            BLOCK, "const float scale = ", "lane == 0", "true", "race: .* global memory"
         ),
         "constants of another group are kept": Bug(
-            UPDATE, "if (", "number_of_group != known.group", "false", "wrong: param"
+            TENSOR, "if (", "number_of_group != known.group", "false", "wrong: param"
         ),
         "warps take each other's blocks": Bug(
-            UPDATE, "begin += ", "kWarps * kBlock", "kBlock", "race: .* global memory"
+            UPDATE, "begin += ", "kUpdateWarps * kBlock", "kBlock", "race: .* global memory"
         ),
         "a row is one element longer": Bug(
             "row_norms_cuda.h",
@@ -101,7 +105,7 @@ BUGS: dict[str, dict[str, Bug]] = {
             "row_length - place % row_length + 1",
             "wrong: param",
         ),
-        "vectors begin at any element": Bug(FOUR, "count == kFour && ", ALIGNED, "true", "misaligned"),
+        "vectors begin at any element": Bug(FOUR, "return ", ALIGNED, "true", "misaligned"),
     },
     "decision": {
         "the decision comes before the sums it is made of": Bug(
@@ -112,7 +116,7 @@ BUGS: dict[str, dict[str, Bug]] = {
             "wrong|race",
         ),
         "sums of tensors are read before they are there": Bug(
-            DECISION, "work.num_tensors, work.sums);\n  ", BARRIER, ";", "race: .* global memory"
+            DECISION, "work.sums, scratch);\n  ", BARRIER, ";", "race: .* global memory"
         ),
         "two sums share their scratch": Bug(
             DECISION, "store(to + 1, sum.low);\n  }\n  ", BARRIER, ";", "race: .* of scratch"
@@ -133,6 +137,9 @@ BUGS: dict[str, dict[str, Bug]] = {
             SUMS, "if (", "last - first <= kFewChunks", "last - first < kFewChunks", "wrong"
         ),
         "warps leave out the last part": Bug(SUMS, "c = first + lane; ", "c < last", "c < last - 1", "wrong"),
+        "the tensor after one of many parts is added": Bug(
+            SUMS, "t = ", "start + __ffs(left) - 1", "start + __ffs(left) % count", "wrong|race"
+        ),
         "half a warp is not added": Bug(
             SUMS, "double warp_sum(double x) {\n  for (int width = ", "kWarp / 2", "kWarp / 4", "wrong"
         ),
@@ -159,21 +166,15 @@ BUGS: dict[str, dict[str, Bug]] = {
             "array of_warps is read before|race: .* of of_warps",
         ),
         "sums of tensors are read before they are there": Bug(
-            NORM, "table.num_tensors, sums);\n  ", BARRIER, ";", "race: .* global memory"
+            NORM, "sums, of_warps);\n  ", BARRIER, ";", "race: .* global memory"
         ),
-        "the tail is a whole vector": Bug(
-            NORM,
-            ": ",
-            "left < kFour ? left\n                                        : kFour",
-            "kFour",
-            "wrong",
-        ),
+        "the tail is a whole vector": Bug(NORM, "left < 0 ? 0 : ", "left < kFour ? left : kFour", "kFour", "wrong"),
         "every chunk begins where its tensor does": Bug(NORM, "", "chunk.offset + place", "place", "wrong"),
         "the clamp hides NaN": Bug("grad_norm_math.h", "return ", "inside + (x - x)", "inside", "wrong: partial"),
         "sums of warps are read before they are there": Bug(
             SUMS, "scratch[warp] = x;\n  }\n  ", BARRIER, ";", "array of_warps is read before|race: .* of of_warps"
         ),
-        "vectors begin at any element": Bug(FOUR, "count == kFour && ", ALIGNED, "true", "misaligned"),
+        "vectors begin at any element": Bug(FOUR, "return ", ALIGNED, "true", "misaligned"),
     },
     "row_norms": {
         "two sums share their scratch": Bug(
@@ -202,7 +203,7 @@ BUGS: dict[str, dict[str, Bug]] = {
         ),
         "the tail is a whole vector": Bug(ROWS, "begin + i, ", TAIL, "kFour", "wrong"),
         "lanes of other warps write the row": Bug(ROWS, "if (", "lane == 0", "lane < 2", "race|wrong"),
-        "vectors begin at any element": Bug(FOUR, "count == kFour && ", ALIGNED, "true", "misaligned"),
+        "vectors begin at any element": Bug(FOUR, "return ", ALIGNED, "true", "misaligned"),
     },
     "bit_masks": {
         "a tile that is begun is packed whole": Bug(
