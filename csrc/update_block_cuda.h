@@ -286,9 +286,11 @@ __device__ __forceinline__ void update_scaled_block(const Layout& layout, const 
   const Place places[kHalves] = {place_of(begin, end, 0), place_of(begin, end, 1)};
   RawElements raw[kHalves];
   float scales[kMoments] = {}, m[kHalves][kMoments][kFour];
+  if constexpr (kWhole) {
 #pragma unroll
-  for (int h = 0; kWhole && h < kHalves; ++h) {
-    raw[h] = read_elements<kWhole>(layout, t, grad, pulled, places[h]);
+    for (int h = 0; h < kHalves; ++h) {
+      raw[h] = read_elements<kWhole>(layout, t, grad, pulled, places[h]);
+    }
   }
 #pragma unroll
   for (int k = 0; k < kMoments; ++k) {

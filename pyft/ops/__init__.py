@@ -19,6 +19,7 @@ from pyft.ops.packed_linear import pack_linear, packed_linear
 from pyft.ops.partial import partial_embedding, partial_linear
 from pyft.ops.partial_conv import partial_conv
 from pyft.ops.random_bits import bernoulli_bits
+from pyft.ops.short_attention import short_attention, short_attention_backward
 from pyft.ops.update import update_
 
 __all__ = [
@@ -45,6 +46,8 @@ __all__ = [
     "relu_bits_",
     "scale_by_bits",
     "scale_grads_",
+    "short_attention",
+    "short_attention_backward",
     "update_",
     "write_part_",
 ]
