@@ -261,19 +261,19 @@ __device__ __forceinline__ void update_half(const Layout& layout, const Tensor& 
 template <bool kWhole, class Layout, class Tensor>
 __device__ __forceinline__ void update_halves(const Layout& layout, const Tensor& t, const DeviceFloats& grad,
                                               const Constants& c, int64_t begin, int64_t end) {
-  if (kWhole) {
+  if constexpr (kWhole) {
     // All loads come before what is done with any of them.
     const Place first = place_of(begin, end, 0), second = place_of(begin, end, 1);
     const RawElements raw = read_elements<kWhole>(layout, t, grad, false, first);
     const RawElements more = read_elements<kWhole>(layout, t, grad, false, second);
     update_half<kWhole>(layout, t, c, begin, raw, first);
     update_half<kWhole>(layout, t, c, begin, more, second);
-    return;
-  }
+  } else {
 #pragma unroll 1
-  for (int h = 0; h < kHalves; ++h) {
-    const Place place = place_of(begin, end, h);
-    update_half<kWhole>(layout, t, c, begin, read_elements<kWhole>(layout, t, grad, false, place), place);
+    for (int h = 0; h < kHalves; ++h) {
+      const Place place = place_of(begin, end, h);
+      update_half<kWhole>(layout, t, c, begin, read_elements<kWhole>(layout, t, grad, false, place), place);
+    }
   }
 }
 
