@@ -189,7 +189,7 @@ UpdatePlan::StepNumbers UpdatePlan::numbers_of_step(const std::vector<RuleHyper>
     }
     if (numbers.of_group[g].count < 0.0) {
       const double count = next_count(i, advance);
-      numbers.of_group[g] = {count, fresh_[i], step_constants(group, count, fresh_[i], LibraryPower{})};
+      numbers.of_group[g] = {count, fresh_[i] != 0, step_constants(group, count, fresh_[i] != 0, LibraryPower{})};
     }
   }
   checked_rules_ = std::move(rules);
