@@ -8,6 +8,7 @@ typedef float Vec __attribute__((vector_size(4 * PYFT_LOOPS_LANES)));
 typedef float Unaligned __attribute__((vector_size(4 * PYFT_LOOPS_LANES), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(4 * PYFT_LOOPS_LANES)));
 typedef float Four __attribute__((vector_size(16)));
+typedef int32_t FourPlaces __attribute__((vector_size(16)));
 typedef float UnalignedFour __attribute__((vector_size(16), aligned(4), may_alias));
 
 PYFT_LOOPS_TARGET inline __attribute__((always_inline)) Vec load(const float* from) {
@@ -84,6 +85,13 @@ void product(Left a, const float* b, int64_t b_row, int64_t rows, int64_t depth,
   }
 }
 
+// GCC 11 has only the older of the two, Clang only the newer one.
+#if !defined(__clang__) && __GNUC__ < 12
+#define PYFT_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, FourPlaces{__VA_ARGS__})
+#else
+#define PYFT_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#endif
+
 // to (width, padded) = from (rows, width)^T, filled up with zeros; `width` is a multiple of 4.
 PYFT_LOOPS_TARGET void transpose(const float* from, int64_t stride, int64_t rows, int64_t width, int64_t padded,
                                  float* to) {
@@ -95,15 +103,15 @@ PYFT_LOOPS_TARGET void transpose(const float* from, int64_t stride, int64_t rows
       for (int i = 0; i < 4; ++i) {
         in[i] = *reinterpret_cast<const UnalignedFour*>(from + i * stride + d);
       }
-      const Four a = __builtin_shufflevector(in[0], in[1], 0, 4, 1, 5);
-      const Four b = __builtin_shufflevector(in[2], in[3], 0, 4, 1, 5);
-      const Four c = __builtin_shufflevector(in[0], in[1], 2, 6, 3, 7);
-      const Four e = __builtin_shufflevector(in[2], in[3], 2, 6, 3, 7);
+      const Four a = PYFT_SHUFFLE(in[0], in[1], 0, 4, 1, 5);
+      const Four b = PYFT_SHUFFLE(in[2], in[3], 0, 4, 1, 5);
+      const Four c = PYFT_SHUFFLE(in[0], in[1], 2, 6, 3, 7);
+      const Four e = PYFT_SHUFFLE(in[2], in[3], 2, 6, 3, 7);
       float* place = to + d * padded + row;
-      *reinterpret_cast<UnalignedFour*>(place) = __builtin_shufflevector(a, b, 0, 1, 4, 5);
-      *reinterpret_cast<UnalignedFour*>(place + padded) = __builtin_shufflevector(a, b, 2, 3, 6, 7);
-      *reinterpret_cast<UnalignedFour*>(place + 2 * padded) = __builtin_shufflevector(c, e, 0, 1, 4, 5);
-      *reinterpret_cast<UnalignedFour*>(place + 3 * padded) = __builtin_shufflevector(c, e, 2, 3, 6, 7);
+      *reinterpret_cast<UnalignedFour*>(place) = PYFT_SHUFFLE(a, b, 0, 1, 4, 5);
+      *reinterpret_cast<UnalignedFour*>(place + padded) = PYFT_SHUFFLE(a, b, 2, 3, 6, 7);
+      *reinterpret_cast<UnalignedFour*>(place + 2 * padded) = PYFT_SHUFFLE(c, e, 0, 1, 4, 5);
+      *reinterpret_cast<UnalignedFour*>(place + 3 * padded) = PYFT_SHUFFLE(c, e, 2, 3, 6, 7);
     }
   }
   for (; row < padded; ++row, from += stride) {
@@ -112,6 +120,8 @@ PYFT_LOOPS_TARGET void transpose(const float* from, int64_t stride, int64_t rows
     }
   }
 }
+
+#undef PYFT_SHUFFLE
 
 // e^x of numbers that are not above 0 by more than a rounding; what would be denormal is 0. By halves of ln 2 and a
 // polynomial of degree 6 (Cephes, expf), within 1 unit in the last place.
