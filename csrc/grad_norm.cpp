@@ -13,7 +13,10 @@
 namespace pyft {
 namespace {
 
-// partial[c] = value(data, offset, length) of chunk c.
+// What is longer has time to load what comes next by itself.
+constexpr int64_t kShort = 4096;
+
+// partial[c] = value(data, offset, length, next) of chunk c; `next` is where the chunk after it begins.
 template <class Value>
 void reduce_chunks(const ChunkTable& table, const std::vector<FloatData>& data, std::vector<double>& partial,
                    const Value& value) {
@@ -21,12 +24,16 @@ void reduce_chunks(const ChunkTable& table, const std::vector<FloatData>& data, 
   cpu_target();  // an unusable PYFT_CPU_TARGET is reported here, not inside the parallel region
   for_each_chunk(table, [&](int64_t c) {
     const Chunk& chunk = table.chunks[c];
+    const char* begin_of_next = nullptr;
     if (c + 1 < static_cast<int64_t>(table.chunks.size()) && chunk.length <= kShortChunk) {
       const Chunk& next = table.chunks[c + 1];
       const int64_t size = data[next.tensor].format == FloatFormat::fp32 ? 4 : 2;
-      fetch_ahead(static_cast<const char*>(data[next.tensor].data) + size * next.offset, size * next.length);
+      begin_of_next = static_cast<const char*>(data[next.tensor].data) + size * next.offset;
+      if (chunk.length > kShort) {
+        fetch_ahead(begin_of_next, size * next.length);
+      }
     }
-    partial[c] = value(data[chunk.tensor], chunk.offset, chunk.length);
+    partial[c] = value(data[chunk.tensor], chunk.offset, chunk.length, begin_of_next);
   });
 }
 
@@ -35,7 +42,9 @@ double add_over_tensors(const ChunkTable& table, const std::vector<double>& part
 }
 
 double largest_magnitude(const ChunkTable& table, const std::vector<FloatData>& data, std::vector<double>& partial) {
-  reduce_chunks(table, data, partial, largest_magnitude_cpu);
+  reduce_chunks(table, data, partial, [](FloatData x, int64_t offset, int64_t length, const void*) {
+    return largest_magnitude_cpu(x, offset, length);
+  });
   double largest = 0.0;
   for (double magnitude : partial) {
     largest = largest >= magnitude ? largest : magnitude;
@@ -50,8 +59,8 @@ double largest_magnitude(const ChunkTable& table, const std::vector<FloatData>& 
 
 void sum_of_squares_per_chunk(const ChunkTable& table, const std::vector<FloatData>& data, float clip_value,
                               std::vector<double>& partial) {
-  reduce_chunks(table, data, partial, [=](FloatData x, int64_t offset, int64_t length) {
-    return sum_of_squares_cpu(x, offset, length, clip_value);
+  reduce_chunks(table, data, partial, [=](FloatData x, int64_t offset, int64_t length, const void* next) {
+    return sum_of_squares_cpu(x, offset, length, clip_value, next);
   });
 }
 
@@ -113,7 +122,7 @@ double norm_over_chunks(const ChunkTable& table, const std::vector<FloatData>& d
   if (std::isinf(p) || largest == 0.0 || !std::isfinite(largest)) {
     return largest;
   }
-  reduce_chunks(table, data, partial, [=](FloatData x, int64_t offset, int64_t length) {
+  reduce_chunks(table, data, partial, [=](FloatData x, int64_t offset, int64_t length, const void*) {
     return sum_of_powers_cpu(x, offset, length, largest, p);
   });
   return largest * std::pow(add_over_tensors(table, partial, data.size()), 1.0 / p);

@@ -9,8 +9,8 @@ namespace pyft {
 namespace {
 
 template <class Element, class Term>
-double sum_baseline(const Element* x, int64_t length, const Term& term) {
-  return sum_of_terms(x, length, term);
+double sum_baseline(const Element* x, int64_t length, const Term& term, const Element* next) {
+  return sum_of_terms(x, length, term, next);
 }
 
 template <class Element>
@@ -20,13 +20,13 @@ uint32_t largest_baseline(const Element* x, int64_t length) {
 
 #if PYFT_X86_TARGETS
 template <class Element, class Term>
-PYFT_TARGET_AVX2 double sum_avx2(const Element* x, int64_t length, const Term& term) {
-  return sum_of_terms(x, length, term);
+PYFT_TARGET_AVX2 double sum_avx2(const Element* x, int64_t length, const Term& term, const Element* next) {
+  return sum_of_terms(x, length, term, next);
 }
 
 template <class Element, class Term>
-PYFT_TARGET_AVX512 double sum_avx512(const Element* x, int64_t length, const Term& term) {
-  return sum_of_terms(x, length, term);
+PYFT_TARGET_AVX512 double sum_avx512(const Element* x, int64_t length, const Term& term, const Element* next) {
+  return sum_of_terms(x, length, term, next);
 }
 
 template <class Element>
@@ -41,18 +41,19 @@ PYFT_TARGET_AVX512 uint32_t largest_avx512(const Element* x, int64_t length) {
 #endif
 
 template <class Element, class Term>
-double sum_on_target(const Element* x, int64_t length, const Term& term) {
+double sum_on_target(const Element* x, int64_t length, const Term& term, const void* data_of_next) {
+  const Element* next = data_of_next == nullptr ? x : static_cast<const Element*>(data_of_next);
 #if PYFT_X86_TARGETS
   switch (cpu_target()) {
     case CpuTarget::avx512:
-      return sum_avx512(x, length, term);
+      return sum_avx512(x, length, term, next);
     case CpuTarget::avx2:
-      return sum_avx2(x, length, term);
+      return sum_avx2(x, length, term, next);
     default:
       break;
   }
 #endif
-  return sum_baseline(x, length, term);
+  return sum_baseline(x, length, term, next);
 }
 
 template <class Element>
@@ -85,20 +86,20 @@ auto by_format(FloatData x, int64_t offset, const Work& work) {
 
 }  // namespace
 
-double sum_of_squares_cpu(FloatData x, int64_t offset, int64_t length, float clip_value) {
+double sum_of_squares_cpu(FloatData x, int64_t offset, int64_t length, float clip_value, const void* next) {
   return by_format(x, offset, [&](auto* first) {
-    return std::isinf(clip_value) ? sum_on_target(first, length, Square{})
-                                  : sum_on_target(first, length, ClampedSquare{clip_value});
+    return std::isinf(clip_value) ? sum_on_target(first, length, Square{}, next)
+                                  : sum_on_target(first, length, ClampedSquare{clip_value}, next);
   });
 }
 
-double sum_of_magnitudes_cpu(FloatData x, int64_t offset, int64_t length) {
-  return by_format(x, offset, [&](auto* first) { return sum_on_target(first, length, Magnitude{}); });
+double sum_of_magnitudes_cpu(FloatData x, int64_t offset, int64_t length, const void* next) {
+  return by_format(x, offset, [&](auto* first) { return sum_on_target(first, length, Magnitude{}, next); });
 }
 
 double sum_of_powers_cpu(FloatData x, int64_t offset, int64_t length, double largest, double p) {
   // All its time goes into pow, which no target vectorises.
-  return by_format(x, offset, [&](auto* first) { return sum_baseline(first, length, ScaledPower{largest, p}); });
+  return by_format(x, offset, [&](auto* first) { return sum_baseline(first, length, ScaledPower{largest, p}, first); });
 }
 
 float largest_magnitude_cpu(FloatData x, int64_t offset, int64_t length) {

@@ -64,21 +64,27 @@ struct ScaledPowerByLogarithm {
   }
 };
 
+// `next`: what will be summed after this. If this is short, what is next is loaded meanwhile.
 template <class Element, class Term>
-PYFT_HOST_DEVICE double sum_of_terms(const Element* x, int64_t length, const Term& term) {
+PYFT_HOST_DEVICE double sum_of_terms(const Element* x, int64_t length, const Term& term, const Element* next) {
   constexpr int kSums = kStreams * kLanes;
-  double sums[kSums] = {};
   const int64_t quarter = length / kSums * kLanes;
+  // Of a constant 0 the compiler makes an instruction that fills memory, which takes longer than the loop.
+  const double zero = length < 0 ? 1.0 : 0.0;
+  double sums[kSums];
+  for (double& sum : sums) {
+    sum = zero;
+  }
   // A short quarter ends before: what lies behind it would be loaded in vain.
   const int64_t far = kFetchAheadBytes / static_cast<int64_t>(sizeof(Element));
-  const int64_t ahead = quarter > 2 * far ? far : 0;
+  const Element* const ahead = quarter > 2 * far ? x + far : next;
   for (int64_t i = 0; i < quarter; i += kLanes) {
 #ifndef __CUDACC__
     // Written out: a prefetch inside the loop over streams keeps it from being vectorised.
-    __builtin_prefetch(x + i + ahead);
-    __builtin_prefetch(x + quarter + i + ahead);
-    __builtin_prefetch(x + 2 * quarter + i + ahead);
-    __builtin_prefetch(x + 3 * quarter + i + ahead);
+    __builtin_prefetch(ahead + i);
+    __builtin_prefetch(ahead + quarter + i);
+    __builtin_prefetch(ahead + 2 * quarter + i);
+    __builtin_prefetch(ahead + 3 * quarter + i);
 #endif
     for (int stream = 0; stream < kStreams; ++stream) {
       for (int lane = 0; lane < kLanes; ++lane) {
@@ -86,13 +92,15 @@ PYFT_HOST_DEVICE double sum_of_terms(const Element* x, int64_t length, const Ter
       }
     }
   }
-  // A sum indexed at run time would keep all of them out of registers, so the rest is padded with zeros.
-  float rest[kSums] = {};
-  for (int64_t i = kStreams * quarter; i < length; ++i) {
-    rest[i - kStreams * quarter] = to_fp32(x[i]);
-  }
-  for (int lane = 0; lane < kSums; ++lane) {
-    sums[lane] += term(rest[lane]);
+  if (length > kStreams * quarter) {
+    // A sum indexed at run time would keep all of them out of registers, so the rest is padded with zeros.
+    float rest[kSums] = {};
+    for (int64_t i = kStreams * quarter; i < length; ++i) {
+      rest[i - kStreams * quarter] = to_fp32(x[i]);
+    }
+    for (int lane = 0; lane < kSums; ++lane) {
+      sums[lane] += term(rest[lane]);
+    }
   }
   for (int width = kSums / 2; width > 0; width /= 2) {
     for (int lane = 0; lane < width; ++lane) {

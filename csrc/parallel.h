@@ -12,7 +12,7 @@
 
 namespace pyft {
 
-// Begins to load the first bytes of what comes next. A short chunk is over before the hardware has seen the pattern of
+// Begins to load the first bytes of what comes next. A chunk is begun before the hardware has seen the pattern of
 // its accesses, so each begins with a wait unless it was announced.
 inline void fetch_ahead(const void* data, int64_t bytes) {
   constexpr int64_t kMost = 2048, kLine = 64;

@@ -39,7 +39,32 @@ struct TensorUpdate {
   uint32_t key = 0;
 };
 
+// What will be updated next: it is loaded while the present chunk is computed. A short chunk is over before the
+// hardware has seen the pattern of its accesses; and all loads at once would hold the present chunk up.
+struct Ahead {
+  // Of one array: where it begins, and the bytes of an element.
+  struct Array {
+    const char* data;
+    int64_t size;
+  };
+
+  Array arrays[2 + kMoments];
+  int count = 0;
+  int64_t length = 0;
+
+  // Of elements begin .. end - 1.
+  void fetch(int64_t begin, int64_t end) const {
+    constexpr int64_t kLine = 64;
+    end = end < length ? end : length;
+    for (int k = 0; k < count; ++k) {
+      for (int64_t byte = begin * arrays[k].size; byte < end * arrays[k].size; byte += kLine) {
+        __builtin_prefetch(arrays[k].data + byte);
+      }
+    }
+  }
+};
+
 // Updates `length` elements from `offset` on, which is a multiple of kBlock.
-void update_cpu(const TensorUpdate& tensor, int64_t offset, int64_t length);
+void update_cpu(const TensorUpdate& tensor, int64_t offset, int64_t length, const Ahead& next);
 
 }  // namespace pyft

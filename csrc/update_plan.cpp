@@ -15,18 +15,22 @@
 namespace pyft {
 namespace {
 
-// The four arrays that nearly every rule reads.
-void fetch_chunk(const TensorUpdate& update, const Chunk& chunk) {
-  const auto fetch = [&chunk](const void* data, int64_t size) {
+// The first elements of the arrays that nearly every rule reads.
+Ahead ahead_of(const TensorUpdate& update, const Chunk& chunk) {
+  constexpr int64_t kMost = 512;
+  Ahead next;
+  next.length = std::min(chunk.length, kMost);
+  const auto add = [&](const void* data, int64_t size) {
     if (data != nullptr) {
-      fetch_ahead(static_cast<const char*>(data) + size * chunk.offset, size * chunk.length);
+      next.arrays[next.count++] = {static_cast<const char*>(data) + size * chunk.offset, size};
     }
   };
-  fetch(update.param, update.weights == WeightFormat::fp32 ? 4 : 2);
-  fetch(update.grad.data, update.grad.format == FloatFormat::fp32 ? 4 : 2);
+  add(update.param, update.weights == WeightFormat::fp32 ? 4 : 2);
+  add(update.grad.data, update.grad.format == FloatFormat::fp32 ? 4 : 2);
   for (const Moment& moment : update.moments) {
-    fetch(moment.data, moment.format == MomentFormat::fp32 ? 4 : moment.format == MomentFormat::bf16 ? 2 : 1);
+    add(moment.data, moment.format == MomentFormat::fp32 ? 4 : moment.format == MomentFormat::bf16 ? 2 : 1);
   }
+  return next;
 }
 
 }  // namespace
@@ -220,17 +224,19 @@ void UpdatePlan::prepare(size_t i, const StepNumbers& numbers) {
       random_key(static_cast<uint64_t>(seed_), static_cast<uint64_t>(numbers_[i]), static_cast<uint64_t>(count));
 }
 
-// Begins to load what a chunk that is next will ask for first.
-void UpdatePlan::fetch_next(size_t c) const {
+// What to load while chunk c is updated. Begins to load what is asked for before an update.
+Ahead UpdatePlan::after(size_t c) const {
   if (c + 2 < table_.chunks.size()) {
     const int64_t tensor = table_.chunks[c + 2].tensor;
     __builtin_prefetch(counts_[tensor]);
-    __builtin_prefetch(&updates_[tensor]);
-    __builtin_prefetch(reinterpret_cast<const char*>(&updates_[tensor]) + 64);
+    for (size_t byte = 0; byte < sizeof(TensorUpdate); byte += 64) {
+      __builtin_prefetch(reinterpret_cast<const char*>(&updates_[tensor]) + byte);
+    }
   }
   if (c + 1 < table_.chunks.size() && table_.chunks[c].length <= kShortChunk) {
-    fetch_chunk(updates_[table_.chunks[c + 1].tensor], table_.chunks[c + 1]);
+    return ahead_of(updates_[table_.chunks[c + 1].tensor], table_.chunks[c + 1]);
   }
+  return {};
 }
 
 void UpdatePlan::step(const std::vector<RuleHyper>& groups, const std::vector<double>& scales, float clip_value,
@@ -254,11 +260,11 @@ void UpdatePlan::step(const std::vector<RuleHyper>& groups, const std::vector<do
   }
   for_each_chunk(table_, [&](int64_t c) {
     const Chunk& chunk = table_.chunks[c];
-    fetch_next(c);
+    const Ahead next = after(c);
     if (chunks_of_[chunk.tensor] == 1) {
       prepare(chunk.tensor, numbers);
     }
-    update_cpu(updates_[chunk.tensor], chunk.offset, chunk.length);
+    update_cpu(updates_[chunk.tensor], chunk.offset, chunk.length, next);
     if (free != nullptr && --left[chunk.tensor] == 0) {
       free->release(chunk.tensor);
     }

@@ -58,7 +58,7 @@ class UpdatePlan {
                               bool advance);
   double next_count(size_t i, bool advance) const;
   void prepare(size_t i, const StepNumbers& numbers);
-  void fetch_next(size_t c) const;
+  Ahead after(size_t c) const;
   Rows rows_of(size_t i, FloatData data) const;
 
   std::vector<int64_t> numbers_;
