@@ -387,14 +387,14 @@ class CoreOptimizer(CapturedSteps, OwnState, torch.optim.Optimizer):
 
     def _build_plan(self, present: list[tuple[Tensor, int]]) -> StepPlan | DevicePlan:
         numbers = {id(p): i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
-        members = []
-        for param, group_number in present:
+        for param, _ in present:
             self._check_parameter(param, f"parameter {numbers[id(param)]}")
-            group = self.param_groups[group_number]
-            keys = self._keys(param, group)
-            fresh = self._complete_state(param, group, keys)
-            of_one = {key: self._own_state[param][key] for key in keys}
-            members.append(Member(param, group_number, numbers[id(param)], of_one, fresh))
+        every = [self._keys(param, self.param_groups[number]) for param, number in present]
+        self._complete_state(present, every)
+        members = []
+        for (param, number), keys in zip(present, every, strict=True):
+            of_one = {key: self._own_state[param][key] for key in keys} if keys else {}
+            members.append(Member(param, number, numbers[id(param)], of_one, self._is_fresh(param, keys)))
         rules, by_rows = [self._rule(group) for group in self.param_groups], self.settings.limits.agc is not None
         over = None
         if self.settings.takes_norm:
@@ -405,18 +405,24 @@ class CoreOptimizer(CapturedSteps, OwnState, torch.optim.Optimizer):
             return DevicePlan(members, rules, self._own_state, **given)
         return StepPlan(members, rules, self._own_state, by_rows=by_rows, **given)
 
-    def _complete_state(self, param: Tensor, group: dict[str, Any], keys: Iterable[str]) -> bool:
-        """Make what is missing; True when moments are new."""
-        if not keys:
-            return False
-        of_one = self._own_state[param]
-        if of_one:
-            self._adopt_local(param, of_one)
-        missing = [key for key in keys if key not in of_one]
-        for key in missing:
-            of_one[key] = shards.like(param, key, self._make_entry(key, shards.local(param), group))
-        if missing:
-            self._made.append((param, missing))
+    def _complete_state(self, present: list[tuple[Tensor, int]], every: list[tuple[str, ...]]) -> None:
+        """Make what is missing of each parameter's keys."""
+        for param, _ in present:
+            if of_one := self._own_state.get(param):
+                self._adopt_local(param, of_one)
+
+        def make(key: str, place: int) -> Tensor:
+            param, number = present[place]
+            return shards.like(param, key, self._make_entry(key, shards.local(param), self.param_groups[number]))
+
+        held = [self._own_state.get(param, {}) for param, _ in present]
+        for (param, _), made in zip(present, state_of.make_missing(held, every, make), strict=True):
+            if made:
+                self._own_state[param].update(made)
+                self._made.append((param, list(made)))
+
+    def _is_fresh(self, param: Tensor, keys: Iterable[str]) -> bool:
+        """Whether its moments were made for the next step."""
         made = {key for of_same, names in self._made if of_same is param for key in names}
         moments = {key for key in keys if key not in ("step", "init", "remainder", "compensation")}
         return bool(moments) and moments <= made
