@@ -52,17 +52,26 @@ struct Ahead {
   int count = 0;
   int64_t length = 0;
 
-  // Of elements begin .. end - 1.
+  // Begins to load elements begin .. end - 1.
   void fetch(int64_t begin, int64_t end) const {
     constexpr int64_t kLine = 64;
     end = end < length ? end : length;
     for (int k = 0; k < count; ++k) {
-      for (int64_t byte = begin * arrays[k].size; byte < end * arrays[k].size; byte += kLine) {
-        __builtin_prefetch(arrays[k].data + byte);
+      const char* line = arrays[k].data + begin * arrays[k].size;
+      const char* const behind = arrays[k].data + end * arrays[k].size;
+      for (; line + 4 * kLine <= behind; line += 4 * kLine) {
+        __builtin_prefetch(line);
+        __builtin_prefetch(line + kLine);
+        __builtin_prefetch(line + 2 * kLine);
+        __builtin_prefetch(line + 3 * kLine);
+      }
+      for (; line < behind; line += kLine) {
+        __builtin_prefetch(line);
       }
     }
   }
 };
+constexpr Ahead kNothing{};
 
 // Updates `length` elements from `offset` on, which is a multiple of kBlock.
 void update_cpu(const TensorUpdate& tensor, int64_t offset, int64_t length, const Ahead& next);

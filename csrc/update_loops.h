@@ -6,85 +6,56 @@
 
 namespace pyft::PYFT_LOOPS {
 
-// Rules, on fp32 numbers.
-template <bool kCoupled, bool kAmsgrad>
-PYFT_LOOPS_TARGET void adam_loop(float* __restrict__ p, const float* __restrict__ g, float* __restrict__ m,
-                                 float* __restrict__ v, float* __restrict__ max_v, int32_t length, float scale,
-                                 const RuleStep& step) {
-  const AdamStep h = step.adam;
-  for (int32_t i = 0; i < length; ++i) {
-    float exp_avg = m[i], exp_avg_sq = v[i], max_exp_avg_sq = kAmsgrad ? max_v[i] : 0.0f;
-    adam_element<kCoupled, kAmsgrad>(p[i], g[i] * scale, exp_avg, exp_avg_sq, max_exp_avg_sq, h);
-    m[i] = exp_avg;
-    v[i] = exp_avg_sq;
-    if (kAmsgrad) {
-      max_v[i] = max_exp_avg_sq;
+// Elements begin .. end - 1 of a rule, on fp32 numbers.
+template <Rule kRule>
+PYFT_LOOPS_TARGET inline void update_elements(float* __restrict__ p, const float* __restrict__ g,
+                                              float* __restrict__ first, float* __restrict__ second,
+                                              float* __restrict__ third, int32_t begin, int32_t end, float scale,
+                                              const RuleStep& step) {
+  constexpr const bool* kHas = kRuleInfo[static_cast<int>(kRule)].has;
+  for (int32_t i = begin; i < end; ++i) {
+    float a = kHas[0] ? first[i] : 0.0f, b = kHas[1] ? second[i] : 0.0f, c = kHas[2] ? third[i] : 0.0f;
+    update_element<kRule>(p[i], g[i] * scale, a, b, c, step);
+    if (kHas[0]) {
+      first[i] = a;
+    }
+    if (kHas[1]) {
+      second[i] = b;
+    }
+    if (kHas[2]) {
+      third[i] = c;
     }
   }
 }
 
-template <SgdKind kKind>
-PYFT_LOOPS_TARGET void sgd_loop(float* __restrict__ p, const float* __restrict__ g, float* __restrict__ buffer, float*,
-                                float*, int32_t length, float scale, const RuleStep& step) {
-  const SgdStep h = step.sgd;
-  for (int32_t i = 0; i < length; ++i) {
-    float velocity = kKind == SgdKind::plain ? 0.0f : buffer[i];
-    sgd_element<kKind>(p[i], g[i] * scale, velocity, h);
-    if (kKind != SgdKind::plain) {
-      buffer[i] = velocity;
-    }
+template <Rule kRule>
+PYFT_LOOPS_TARGET void rule_loop(float* p, const float* g, float* first, float* second, float* third, int32_t length,
+                                 float scale, const RuleStep& step, const Ahead& next) {
+  const RuleStep h = step;
+  int32_t i = 0;
+  for (; i + kPiece <= length && i < next.length; i += kPiece) {
+    next.fetch(i, i + kPiece);
+    update_elements<kRule>(p, g, first, second, third, i, i + kPiece, scale, h);
   }
-}
-
-template <bool kCentered, bool kMomentum>
-PYFT_LOOPS_TARGET void rmsprop_loop(float* __restrict__ p, const float* __restrict__ g, float* __restrict__ square_avg,
-                                    float* __restrict__ buffer, float* __restrict__ grad_avg, int32_t length,
-                                    float scale, const RuleStep& step) {
-  const RmspropStep h = step.rmsprop;
-  for (int32_t i = 0; i < length; ++i) {
-    float v = square_avg[i], velocity = kMomentum ? buffer[i] : 0.0f, mean = kCentered ? grad_avg[i] : 0.0f;
-    rmsprop_element<kCentered, kMomentum>(p[i], g[i] * scale, v, velocity, mean, h);
-    square_avg[i] = v;
-    if (kMomentum) {
-      buffer[i] = velocity;
-    }
-    if (kCentered) {
-      grad_avg[i] = mean;
-    }
-  }
-}
-
-PYFT_LOOPS_TARGET inline void adagrad_loop(float* __restrict__ p, const float* __restrict__ g, float* __restrict__ sum,
-                                           float*, float*, int32_t length, float scale, const RuleStep& step) {
-  const AdagradStep h = step.adagrad;
-  for (int32_t i = 0; i < length; ++i) {
-    adagrad_element(p[i], g[i] * scale, sum[i], h);
-  }
-}
-
-PYFT_LOOPS_TARGET inline void lion_loop(float* __restrict__ p, const float* __restrict__ g, float* __restrict__ m,
-                                        float*, float*, int32_t length, float scale, const RuleStep& step) {
-  const LionStep h = step.lion;
-  for (int32_t i = 0; i < length; ++i) {
-    lion_element(p[i], g[i] * scale, m[i], h);
-  }
+  update_elements<kRule>(p, g, first, second, third, i, length, scale, h);
+  next.fetch(i, next.length);
 }
 
 // In the order of Rule.
 constexpr RuleLoop kRuleLoops[kRules] = {
-    adam_loop<false, false>,
-    adam_loop<false, true>,
-    adam_loop<true, false>,
-    adam_loop<true, true>,
-    sgd_loop<SgdKind::plain>,
-    sgd_loop<SgdKind::momentum>,
-    sgd_loop<SgdKind::nesterov>,
-    rmsprop_loop<false, false>,
-    rmsprop_loop<true, false>,
-    rmsprop_loop<false, true>,
-    rmsprop_loop<true, true>,
-    adagrad_loop,
-    lion_loop,
+    rule_loop<Rule::adamw>,
+    rule_loop<Rule::adamw_amsgrad>,
+    rule_loop<Rule::adam>,
+    rule_loop<Rule::adam_amsgrad>,
+    rule_loop<Rule::sgd>,
+    rule_loop<Rule::sgd_momentum>,
+    rule_loop<Rule::sgd_nesterov>,
+    rule_loop<Rule::rmsprop>,
+    rule_loop<Rule::rmsprop_centered>,
+    rule_loop<Rule::rmsprop_momentum>,
+    rule_loop<Rule::rmsprop_centered_momentum>,
+    rule_loop<Rule::adagrad>,
+    rule_loop<Rule::lion>,
 };
 
 PYFT_LOOPS_TARGET inline void scale_rows(const TensorUpdate& t, int64_t begin, float* __restrict__ g, int64_t length) {
@@ -153,7 +124,7 @@ PYFT_LOOPS_TARGET inline void update_block(const TensorUpdate& t, int64_t begin,
     }
   }
   kRuleLoops[static_cast<int>(t.rule)](p, g, moments[0], moments[1], moments[2], static_cast<int32_t>(length), scale,
-                                       t.step);
+                                       t.step, kNothing);
   if (t.init_pull != 0.0f && decoupled) {
     for (int64_t i = 0; i < length; ++i) {
       p[i] -= pull[i];
@@ -168,37 +139,33 @@ PYFT_LOOPS_TARGET inline void update_block(const TensorUpdate& t, int64_t begin,
 }
 
 // Any number of elements, all in fp32, with nothing to be done to the gradient but to scale it.
-PYFT_LOOPS_TARGET inline void update_plain(const TensorUpdate& t, int64_t begin, int64_t length) {
+PYFT_LOOPS_TARGET inline void update_plain(const TensorUpdate& t, int64_t begin, int64_t length, const Ahead& next) {
   const auto at = [begin](void* data) { return data == nullptr ? nullptr : static_cast<float*>(data) + begin; };
   kRuleLoops[static_cast<int>(t.rule)](at(t.param), static_cast<const float*>(t.grad.data) + begin,
                                        at(t.moments[0].data), at(t.moments[1].data), at(t.moments[2].data),
-                                       static_cast<int32_t>(length), t.grad_scale, t.step);
+                                       static_cast<int32_t>(length), t.grad_scale, t.step, next);
 }
 
-PYFT_LOOPS_TARGET inline void update_range(const TensorUpdate& t, bool plain, int64_t begin, int64_t length) {
+PYFT_LOOPS_TARGET inline void update_range(const TensorUpdate& t, bool plain, int64_t begin, int64_t length,
+                                           const Ahead& next) {
   if (plain) {
-    return update_plain(t, begin, length);
+    return update_plain(t, begin, length, next);
   }
   for (int64_t i = 0; i < length; i += kBlock) {
+    next.fetch(i, i + kBlock);
     update_block(t, begin + i, length - i < kBlock ? length - i : kBlock);
   }
+  next.fetch(length, next.length);
 }
 
-// Loads what is next beside its last elements.
-PYFT_LOOPS_TARGET inline void update_and_fetch(const TensorUpdate& t, bool plain, int64_t begin, int64_t length,
+// What is next is loaded beside the last elements.
+PYFT_LOOPS_TARGET inline void update_one_place(const TensorUpdate& t, bool plain, int64_t begin, int64_t length,
                                                const Ahead& next) {
-  const int64_t piece = plain ? kPiece : kBlock;
   const int64_t before = length > next.length ? (length - next.length) / kBlock * kBlock : 0;
-  update_range(t, plain, begin, before);
-  int64_t i = before;
-  for (; i < length && i - before < next.length; i += piece) {
-    next.fetch(i - before, i - before + piece);
-    update_range(t, plain, begin + i, length - i < piece ? length - i : piece);
+  if (before > 0) {
+    update_range(t, plain, begin, before, kNothing);
   }
-  next.fetch(i - before, next.length);
-  if (i < length) {
-    update_range(t, plain, begin + i, length - i);
-  }
+  update_range(t, plain, begin + before, length - before, next);
 }
 
 // Two places of a long chunk in fp32 may be worked on in turn: twice as many cache lines are under way, which one core
@@ -208,17 +175,17 @@ PYFT_LOOPS_TARGET inline void update_and_fetch(const TensorUpdate& t, bool plain
 PYFT_LOOPS_TARGET void update_chunk(const TensorUpdate& t, int64_t offset, int64_t length, const Ahead& next) {
   const bool plain = is_plain(t);
   if (length < kTwoStreams || !plain || !works_on_two_places()) {
-    return update_and_fetch(t, plain, offset, length, next);
+    return update_one_place(t, plain, offset, length, next);
   }
   next.fetch(0, next.length);
   const int64_t second = length / 2 / kBlock * kBlock + kSkew;
   int64_t i = 0;
   for (; i + kBlock <= length - second; i += kBlock) {
-    update_range(t, plain, offset + i, kBlock);
-    update_range(t, plain, offset + second + i, kBlock);
+    update_range(t, plain, offset + i, kBlock, kNothing);
+    update_range(t, plain, offset + second + i, kBlock, kNothing);
   }
-  update_range(t, plain, offset + i, second - i);
-  update_range(t, plain, offset + second + i, length - second - i);
+  update_range(t, plain, offset + i, second - i, kNothing);
+  update_range(t, plain, offset + second + i, length - second - i, kNothing);
 }
 
 }  // namespace pyft::PYFT_LOOPS

@@ -33,6 +33,14 @@ Ahead ahead_of(const TensorUpdate& update, const Chunk& chunk) {
   return next;
 }
 
+bool needs_random_bits(const TensorUpdate& update) {
+  bool needs = update.weights == WeightFormat::bf16_stochastic;
+  for (const Moment& moment : update.moments) {
+    needs = needs || moment.format == MomentFormat::bf16 || moment.format == MomentFormat::int8;
+  }
+  return needs;
+}
+
 }  // namespace
 
 UpdatePlan::UpdatePlan(PlanInput input)
@@ -220,8 +228,10 @@ void UpdatePlan::prepare(size_t i, const StepNumbers& numbers) {
   update.grad_scale = static_cast<float>(group.maximize() ? -scale : scale);
   update.clip_value = numbers.clip_value;
   update.init_pull = update.init.data == nullptr ? 0.0f : init_pull(group);
-  update.key =
-      random_key(static_cast<uint64_t>(seed_), static_cast<uint64_t>(numbers_[i]), static_cast<uint64_t>(count));
+  if (needs_random_bits(update)) {
+    update.key =
+        random_key(static_cast<uint64_t>(seed_), static_cast<uint64_t>(numbers_[i]), static_cast<uint64_t>(count));
+  }
 }
 
 // What to load while chunk c is updated. Begins to load what is asked for before an update.
@@ -236,7 +246,7 @@ Ahead UpdatePlan::after(size_t c) const {
   if (c + 1 < table_.chunks.size() && table_.chunks[c].length <= kShortChunk) {
     return ahead_of(updates_[table_.chunks[c + 1].tensor], table_.chunks[c + 1]);
   }
-  return {};
+  return kNothing;
 }
 
 void UpdatePlan::step(const std::vector<RuleHyper>& groups, const std::vector<double>& scales, float clip_value,
