@@ -407,19 +407,17 @@ class CoreOptimizer(CapturedSteps, OwnState, torch.optim.Optimizer):
 
     def _complete_state(self, present: list[tuple[Tensor, int]], every: list[tuple[str, ...]]) -> None:
         """Make what is missing of each parameter's keys."""
-        for param, _ in present:
-            if of_one := self._own_state.get(param):
-                self._adopt_local(param, of_one)
-
-        def make(key: str, place: int) -> Tensor:
-            param, number = present[place]
-            return shards.like(param, key, self._make_entry(key, shards.local(param), self.param_groups[number]))
-
+        for param in [param for param, _ in present if self._own_state.get(param)]:
+            self._adopt_local(param, self._own_state[param])
         held = [self._own_state.get(param, {}) for param, _ in present]
-        for (param, _), made in zip(present, state_of.make_missing(held, every, make), strict=True):
+        entries = state_of.make_missing(held, every, lambda key, place: self._new_entry(key, *present[place]))
+        for (param, _), made in zip(present, entries, strict=True):
             if made:
                 self._own_state[param].update(made)
                 self._made.append((param, list(made)))
+
+    def _new_entry(self, key: str, param: Tensor, group: int) -> Tensor:
+        return shards.like(param, key, self._make_entry(key, shards.local(param), self.param_groups[group]))
 
     def _is_fresh(self, param: Tensor, keys: Iterable[str]) -> bool:
         """Whether its moments were made for the next step."""
