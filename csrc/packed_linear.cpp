@@ -1,12 +1,13 @@
 // A Linear layer whose weight was packed once: for weights that stay as they are, and products that come by the
 // hundred.
+#include "packed_linear.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <optional>
 
 #include "cpu_target.h"
-#include "packed_linear_cpu.h"
 #include "parallel.h"
 #include "tensor_checks.h"
 
@@ -38,19 +39,39 @@ struct Grid {
 
 }  // namespace
 
+void pack_weight(const StridedWeight& weight, float* packed) {
+  for_each_chunk(equal_tasks(panels_of(weight.outputs), weight.inputs * kPanelWidth),
+                 [&](int64_t panel) { pack_panel_cpu(weight, panel, packed); });
+}
+
+void multiply_packed(const PackedLinear& work) {
+  cpu_target();  // an unusable PYFT_CPU_TARGET is reported here, not inside a parallel region
+  const int64_t panels = panels_of(work.outputs);
+  const Grid grid(work.tokens, panels);
+  const int64_t tasks = grid.row_parts * grid.panel_parts;
+  // Sixteen products take about as long as the load of one number from memory.
+  const int64_t cost = tasks > 0 ? work.tokens * panels * (work.inputs + 1) / tasks : 0;
+  for_each_chunk(equal_tasks(tasks, cost), [&](int64_t task) {
+    const int64_t row = task / grid.panel_parts, part = task % grid.panel_parts;
+    const int64_t first = row * work.tokens / grid.row_parts, last = (row + 1) * work.tokens / grid.row_parts;
+    if (part == 0 && work.rows != nullptr) {
+      clear_between_cpu(work, first, last);
+    }
+    packed_linear_cpu(work, first, last, part * panels / grid.panel_parts, (part + 1) * panels / grid.panel_parts);
+  });
+}
+
 // weight (O, N), or a transposed view. Gives (panels, N, 16): the weights of 16 outputs side by side, input by input,
 // filled up with zeros.
 Tensor pack_linear(const Tensor& weight) {
   check_floats(weight, "weight");
-  const int64_t outputs = weight.size(0), inputs = weight.size(1), panels = panels_of(outputs);
-  const StridedWeight from{static_cast<const float*>(weight.data_ptr()), weight.stride(0), weight.stride(1), outputs,
-                           inputs};
+  const StridedWeight from{static_cast<const float*>(weight.data_ptr()), weight.stride(0), weight.stride(1),
+                           weight.size(0), weight.size(1)};
   STD_TORCH_CHECK(from.input_stride == 1 || from.output_stride == 1 || weight.numel() == 0, "weight has strides ",
                   to_string(weight.strides()), "; the entries of a row or of a column must lie side by side");
-  Tensor packed = torch::stable::new_empty(weight, {panels, inputs, kPanelWidth});
+  Tensor packed = torch::stable::new_empty(weight, {panels_of(from.outputs), from.inputs, kPanelWidth});
   if (packed.numel() > 0) {
-    float* to = static_cast<float*>(packed.mutable_data_ptr());
-    for_each_chunk(equal_tasks(panels, inputs * kPanelWidth), [&](int64_t panel) { pack_panel_cpu(from, panel, to); });
+    pack_weight(from, static_cast<float*>(packed.mutable_data_ptr()));
   }
   return packed;
 }
@@ -68,29 +89,14 @@ Tensor packed_linear(const Tensor& input, const Tensor& packed, const std::optio
       !bias.has_value() || (bias->is_cpu() && bias->is_contiguous() && bias->dim() == 1 &&
                             bias->scalar_type() == torch::headeronly::ScalarType::Float && bias->numel() == outputs),
       "bias must be ", outputs, " contiguous float32 on the CPU");
-  const int64_t tokens = input.size(0), panels = packed.size(0);
+  const int64_t tokens = input.size(0);
   Tensor out = torch::stable::new_empty(input, {tokens, outputs});
-  if (out.numel() == 0) {
-    return out;
+  if (out.numel() > 0) {
+    multiply_packed({static_cast<const float*>(input.data_ptr()), input.stride(0),
+                     static_cast<const float*>(packed.data_ptr()),
+                     bias.has_value() ? static_cast<const float*>(bias->data_ptr()) : nullptr, nullptr, tokens, tokens,
+                     input.size(1), outputs, static_cast<float*>(out.mutable_data_ptr())});
   }
-  const PackedLinear work{static_cast<const float*>(input.data_ptr()),
-                          input.stride(0),
-                          static_cast<const float*>(packed.data_ptr()),
-                          bias.has_value() ? static_cast<const float*>(bias->data_ptr()) : nullptr,
-                          tokens,
-                          input.size(1),
-                          outputs,
-                          static_cast<float*>(out.mutable_data_ptr())};
-  cpu_target();  // an unusable PYFT_CPU_TARGET is reported here, not inside a parallel region
-  const Grid grid(tokens, panels);
-  const int64_t tasks = grid.row_parts * grid.panel_parts;
-  // Sixteen products take about as long as the load of one number from memory.
-  const int64_t cost = tokens * panels * (input.size(1) + 1) / tasks;
-  for_each_chunk(equal_tasks(tasks, cost), [&](int64_t task) {
-    const int64_t row = task / grid.panel_parts, part = task % grid.panel_parts;
-    packed_linear_cpu(work, row * tokens / grid.row_parts, (row + 1) * tokens / grid.row_parts,
-                      part * panels / grid.panel_parts, (part + 1) * panels / grid.panel_parts);
-  });
   return out;
 }
 

@@ -44,4 +44,16 @@ void packed_linear_cpu(const PackedLinear& work, int64_t first_token, int64_t la
   baseline::multiply(work, first_token, last_token, first_panel, last_panel);
 }
 
+void clear_between_cpu(const PackedLinear& work, int64_t first_token, int64_t last_token) {
+  const auto clear = [&](int64_t begin, int64_t end) {
+    std::fill(work.out + begin * work.outputs, work.out + end * work.outputs, 0.0f);
+  };
+  for (int64_t t = first_token; t < last_token; ++t) {
+    clear(t == 0 ? 0 : work.rows[t - 1] + 1, work.rows[t]);
+  }
+  if (last_token == work.tokens) {
+    clear(work.rows[last_token - 1] + 1, work.all_tokens);
+  }
+}
+
 }  // namespace pyft

@@ -1,4 +1,6 @@
 // The gradient of the chosen rows of a Linear's weight.
+#include "partial_linear.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -8,7 +10,6 @@
 
 #include "cpu_target.h"
 #include "parallel.h"
-#include "partial_linear_cpu.h"
 #include "tensor_checks.h"
 
 namespace pyft {
@@ -43,6 +44,33 @@ std::vector<int64_t> checked_rows(const std::optional<Tensor>& rows, int64_t row
 
 }  // namespace
 
+void gradient_of_rows(const PartialGradient& work, float* packed, float* sums) {
+  cpu_target();  // an unusable PYFT_CPU_TARGET is reported here, not inside a parallel region
+  const int64_t packs = (work.tokens + kPackedAtOnce - 1) / kPackedAtOnce;
+  std::vector<double> pack_sums(sums != nullptr ? packs * work.row_count : 0);
+  // In memory's terms: a chosen entry costs the cache line that it lies in.
+  const int64_t pack_cost =
+      kPackedAtOnce * (work.run ? work.row_count : std::min(work.grad_stride, 16 * work.row_count));
+  for_each_chunk(equal_tasks(packs, pack_cost), [&](int64_t pack) {
+    pack_rows_cpu(work, pack * kPackedAtOnce, packed,
+                  sums != nullptr ? pack_sums.data() + pack * work.row_count : nullptr);
+  });
+  // Tasks for four threads that end at different times; each packs its strip of the input for itself.
+  constexpr int64_t kWanted = 16, kLeastRows = 96;
+  const int64_t strips = (work.width + kStripWidth - 1) / kStripWidth;
+  const int64_t most = std::max<int64_t>(1, work.row_count / kLeastRows);
+  const int64_t parts = std::clamp<int64_t>((kWanted + strips - 1) / std::max<int64_t>(1, strips), 1, most);
+  for_each_chunk(equal_tasks(strips * parts, work.tokens * work.row_count / parts * kStripWidth / 32),
+                 [&](int64_t task) { strip_gradient_cpu(work, packed, {task / parts, task % parts, parts}); });
+  for (int64_t r = 0; sums != nullptr && r < work.row_count; ++r) {
+    double total = 0.0;
+    for (int64_t pack = 0; pack < packs; ++pack) {
+      total += pack_sums[pack * work.row_count + r];
+    }
+    sums[r] = static_cast<float>(total);
+  }
+}
+
 // grad (T, O), input (T, N). Gives grad[:, rows]^T input, (r, N), and, with_sums, the sums of these columns, (r,).
 std::tuple<Tensor, Tensor> partial_weight_gradient(const Tensor& grad, const Tensor& input,
                                                    const std::optional<Tensor>& rows, int64_t row_start,
@@ -51,7 +79,7 @@ std::tuple<Tensor, Tensor> partial_weight_gradient(const Tensor& grad, const Ten
   check_matrix(input, "input");
   STD_TORCH_CHECK(grad.size(0) == input.size(0), "grad has ", grad.size(0), " tokens but input has ", input.size(0));
   const std::vector<int64_t> chosen = checked_rows(rows, row_start, row_count, grad.size(1));
-  const int64_t tokens = grad.size(0), width = input.size(1), blocks = (tokens + kTokenBlock - 1) / kTokenBlock;
+  const int64_t tokens = grad.size(0), width = input.size(1);
   Tensor out = torch::stable::new_empty(grad, {row_count, width});
   Tensor sums = torch::stable::new_empty(grad, {with_sums ? row_count : 0});
   if (tokens == 0 || row_count == 0) {
@@ -59,36 +87,20 @@ std::tuple<Tensor, Tensor> partial_weight_gradient(const Tensor& grad, const Ten
     torch::stable::zero_(sums);
     return {out, sums};
   }
-  Tensor packed = torch::stable::new_empty(grad, {blocks * packed_size(row_count)});
-  float* place = static_cast<float*>(packed.mutable_data_ptr());
   const PartialGradient work{static_cast<const float*>(grad.data_ptr()),
                              grad.stride(0),
                              static_cast<const float*>(input.data_ptr()),
                              input.stride(0),
                              chosen.data(),
+                             !rows.has_value(),
+                             nullptr,
                              row_count,
                              tokens,
                              width,
                              static_cast<float*>(out.mutable_data_ptr())};
-  const int64_t packs = (tokens + kPackedAtOnce - 1) / kPackedAtOnce;
-  std::vector<double> pack_sums(with_sums ? packs * row_count : 0);
-  cpu_target();  // an unusable PYFT_CPU_TARGET is reported here, not inside a parallel region
-  const int64_t strips = (width + kStripWidth - 1) / kStripWidth;
-  // In memory's terms: a chosen entry costs the cache line that it lies in.
-  const int64_t pack_cost = kPackedAtOnce * std::min(grad.size(1), 16 * row_count);
-  for_each_chunk(equal_tasks(packs, pack_cost), [&](int64_t pack) {
-    pack_rows_cpu(work, pack * kPackedAtOnce, place, with_sums ? pack_sums.data() + pack * row_count : nullptr);
-  });
-  for_each_chunk(equal_tasks(strips, tokens * row_count * kStripWidth / 32),
-                 [&](int64_t strip) { strip_gradient_cpu(work, place, strip); });
-  float* sum = static_cast<float*>(sums.mutable_data_ptr());
-  for (int64_t r = 0; with_sums && r < row_count; ++r) {
-    double total = 0.0;
-    for (int64_t pack = 0; pack < packs; ++pack) {
-      total += pack_sums[pack * row_count + r];
-    }
-    sum[r] = static_cast<float>(total);
-  }
+  Tensor packed = torch::stable::new_empty(grad, {packed_floats(work)});
+  gradient_of_rows(work, static_cast<float*>(packed.mutable_data_ptr()),
+                   with_sums ? static_cast<float*>(sums.mutable_data_ptr()) : nullptr);
   return {out, sums};
 }
 

@@ -45,12 +45,15 @@ constexpr auto kTiles = tiles_of(std::make_integer_sequence<int, kTileHeight>())
 
 // All panels of a strip, row by row. Full panels are kPanel columns; the last may have fewer and is filled up with
 // zeros.
-PYFT_LOOPS_TARGET void pack_strip(const float* from, int64_t stride, int64_t depth, int64_t columns, float* to) {
+PYFT_LOOPS_TARGET void pack_strip(const PartialGradient& work, int64_t token, int64_t depth, int64_t first_column,
+                                  int64_t columns, float* to) {
   constexpr int64_t kPanelSize = kTokenBlock * kPanel, kLine = 16, kAhead = 12;
-  for (int64_t k = 0; k < depth; ++k, from += stride, to += kPanel) {
+  for (int64_t k = 0; k < depth; ++k, to += kPanel) {
+    const float* from = work.input_of(token + k) + first_column;
     // Rows are too far apart for the hardware to see a pattern.
+    const float* ahead = work.input_of(std::min(token + k + kAhead, work.tokens - 1)) + first_column;
     for (int64_t line = 0; line < columns; line += kLine) {
-      __builtin_prefetch(from + kAhead * stride + line);
+      __builtin_prefetch(ahead + line);
     }
     float* panel = to;
     int64_t column = 0;
@@ -67,43 +70,49 @@ PYFT_LOOPS_TARGET void pack_strip(const float* from, int64_t stride, int64_t dep
   }
 }
 
-void multiply_panel(const PartialGradient& work, const RowTiles& rows, const float* packed, const float* panel,
-                    int64_t depth, int64_t first_column, bool add, Ahead& ahead) {
+void multiply_tile(const PartialGradient& work, const RowTiles& rows, int64_t t, const float* packed,
+                   const float* panel, int64_t depth, int64_t first_column, bool add) {
   const int64_t columns = std::min<int64_t>(kPanel, work.width - first_column);
-  for (int64_t t = 0; t < rows.tiles; ++t) {
-    const int64_t first = rows.begin(t), height = rows.begin(t + 1) - first;
-    const float* a = packed + first * kTokenBlock;
-    float* c = work.out + first * work.width + first_column;
-    ahead.fetch();
-    if (columns == kPanel) {
-      kTiles[height - 1](a, panel, depth, c, work.width, add);
-      continue;
-    }
-    float narrow[kTileHeight * kPanel];
-    kTiles[height - 1](a, panel, depth, narrow, kPanel, false);
-    for (int64_t i = 0; i < height; ++i) {
-      for (int64_t j = 0; j < columns; ++j) {
-        c[i * work.width + j] = (add ? c[i * work.width + j] : 0.0f) + narrow[i * kPanel + j];
-      }
+  const int64_t first = rows.begin(t), height = rows.begin(t + 1) - first;
+  const float* a = packed + first * kTokenBlock;
+  float* c = work.out + first * work.width + first_column;
+  if (columns == kPanel) {
+    kTiles[height - 1](a, panel, depth, c, work.width, add);
+    return;
+  }
+  float narrow[kTileHeight * kPanel];
+  kTiles[height - 1](a, panel, depth, narrow, kPanel, false);
+  for (int64_t i = 0; i < height; ++i) {
+    for (int64_t j = 0; j < columns; ++j) {
+      c[i * work.width + j] = (add ? c[i * work.width + j] : 0.0f) + narrow[i * kPanel + j];
     }
   }
 }
 
-void strip_gradient(const PartialGradient& work, const float* packed, int64_t strip) {
+void strip_gradient(const PartialGradient& work, const float* packed, const StripPart& part) {
+  // So many tiles stay in an L2 cache while the panels of a strip go by.
+  constexpr int64_t kTilesTogether = 16;
   alignas(64) float panels[kStripWidth * kTokenBlock];
   const RowTiles rows(work.row_count, kTileHeight);
-  const int64_t begin = strip * kStripWidth;
+  const int64_t begin = part.strip * kStripWidth;
   const int64_t end = std::min<int64_t>(work.width, begin + kStripWidth);
+  const int64_t first_tile = part.part * rows.tiles / part.parts, last_tile = (part.part + 1) * rows.tiles / part.parts;
   for (int64_t token = 0; token < work.tokens; token += kTokenBlock, packed += packed_size(work.row_count)) {
     const int64_t depth = std::min<int64_t>(kTokenBlock, work.tokens - token);
-    pack_strip(work.input + token * work.input_stride + begin, work.input_stride, depth, end - begin, panels);
+    pack_strip(work, token, depth, begin, end - begin, panels);
     // What comes next is on its way from memory while this is multiplied.
     const bool same_strip = token + kTokenBlock < work.tokens;
     const int64_t next_token = same_strip ? token + kTokenBlock : 0, next_column = same_strip ? begin : end;
-    Ahead ahead(work, next_token, next_column, (end - begin + kPanel - 1) / kPanel * rows.tiles);
-    const float* panel = panels;
-    for (int64_t column = begin; column < end; column += kPanel, panel += kTokenBlock * kPanel) {
-      multiply_panel(work, rows, packed, panel, depth, column, token > 0, ahead);
+    Ahead ahead(work, next_token, next_column, (end - begin + kPanel - 1) / kPanel * (last_tile - first_tile));
+    for (int64_t first = first_tile; first < last_tile; first += kTilesTogether) {
+      const int64_t last = std::min(last_tile, first + kTilesTogether);
+      const float* panel = panels;
+      for (int64_t column = begin; column < end; column += kPanel, panel += kTokenBlock * kPanel) {
+        for (int64_t t = first; t < last; ++t) {
+          ahead.fetch();
+          multiply_tile(work, rows, t, packed, panel, depth, column, token > 0);
+        }
+      }
     }
   }
 }
