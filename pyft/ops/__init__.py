@@ -12,6 +12,7 @@ from pyft.ops.bit_masks import (
     scale_by_bits,
 )
 from pyft.ops.clip import agc_grads_, clamp_grads_, scale_grads_
+from pyft.ops.gelu import gelu, gelu_backward
 from pyft.ops.grad_norm import grad_norm
 from pyft.ops.masked_rows import gather_channels, gather_columns, write_part_
 from pyft.ops.max_pool import max_pool_backward, max_pool_offsets
@@ -20,6 +21,7 @@ from pyft.ops.partial import partial_embedding, partial_linear
 from pyft.ops.partial_conv import partial_conv
 from pyft.ops.random_bits import bernoulli_bits
 from pyft.ops.short_attention import short_attention, short_attention_backward
+from pyft.ops.token_linear import token_linear, token_linear_backward
 from pyft.ops.update import update_
 
 __all__ = [
@@ -30,6 +32,8 @@ __all__ = [
     "clamp_grads_",
     "gather_channels",
     "gather_columns",
+    "gelu",
+    "gelu_backward",
     "grad_norm",
     "mask_by_bits",
     "mask_channels",
@@ -48,6 +52,8 @@ __all__ = [
     "scale_grads_",
     "short_attention",
     "short_attention_backward",
+    "token_linear",
+    "token_linear_backward",
     "update_",
     "write_part_",
 ]

@@ -28,11 +28,19 @@ STORES_FEW = {"sum_kernel", "largest_kernel", "row_norms_kernel"}
 ONE_AT_A_TIME = "Li1E"
 # Ops of the CPU core that the CUDA core does not have, and why.
 PACKED = "a GPU's own libraries pack as they multiply; it serves CPUs on which torch's product stays below the peak"
+PADDING = (
+    "it leaves out padding in packed products on the CPU; on a GPU nothing was measured that beats cuBLAS on all tokens"
+)
+GELU = "torch's GELU on a GPU waits for memory alone"
 ATTENTION = "torch's flash and memory-efficient kernels serve GPUs; on the CPU its kernel is made for long sequences"
 CPU_ALONE = {
     "pyft::bernoulli_bits": "torch's draws on CUDA depend on the grid that torch chooses: native_dropout makes them",
+    "pyft::gelu": GELU,
+    "pyft::gelu_backward": GELU,
     "pyft::pack_linear": PACKED,
     "pyft::packed_linear": PACKED,
+    "pyft::token_linear": PADDING,
+    "pyft::token_linear_backward": PADDING,
     "pyft::short_attention": ATTENTION,
     "pyft::short_attention_backward": ATTENTION,
     "pyft::partial_weight_gradient": "on a GPU gather_columns gathers the chosen rows in one kernel, with their sums, "
