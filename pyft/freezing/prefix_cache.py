@@ -16,7 +16,7 @@ from torch import nn
 from pyft.core.cache import cache_root
 from pyft.core.memory import free_device_memory, free_memory
 from pyft.errors import ConfigError
-from pyft.freezing.lean.short_attention import short_attention_calls
+from pyft.freezing.lean.core_calls import core_calls
 from pyft.freezing.packed_products import packed_products
 from pyft.freezing.parts import whole_names
 from pyft.freezing.plan import FreezePlan, unwrap
@@ -190,7 +190,7 @@ class PrefixCache:
         modes = [(module, module.training) for module in self.model.modules()]
         try:
             set_modes(modes, False)
-            with packed_products(self.model, self.prefix.names), short_attention_calls():
+            with packed_products(self.model, self.prefix.names), core_calls():
                 for indices, inputs in batches:
                     numbers = self._view_numbers(indices, view)
                     if self.reason is None and not self._store.has(numbers).all():

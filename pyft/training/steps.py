@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from pyft.core.transfer import to_device
 from pyft.errors import ConfigError, NonFiniteError
-from pyft.freezing.lean.short_attention import short_attention_calls
+from pyft.freezing.lean.core_calls import core_calls
 from pyft.samples import Batch
 from pyft.training.data_parallel import first_forward, wrap
 from pyft.training.nonfinite import nonfinite_error
 from pyft.training.objectives import Objective
 from pyft.training.optimizers import NamedParameters
+from pyft.training.padding import ignores_padding, padding_mask
 from pyft.training.run_state import Run, live_buffers
 from pyft.training.seeds import mix, step_seed
 
@@ -70,6 +71,8 @@ class Stepper:
         self._wrapped: Any = None
         self._forward: Callable[[Inputs], Tensor] | None = None
         self._group_loss = 0.0
+        # Whether padding may be left out, known from the first batch that has any.
+        self._leaves_out_padding: bool | None = None
         self.ask: Callable[[], Signals] = Signals
         self.told = Signals()
 
@@ -210,12 +213,22 @@ class Stepper:
             if precision == "bf16":
                 stack.enter_context(torch.autocast(self.device.type, dtype=torch.bfloat16))
             elif self._on_cpu:
-                stack.enter_context(short_attention_calls())
+                stack.enter_context(core_calls(self._padding(batch)))
             logits = self.call(self.run.model, inputs) if forward is None else forward(inputs)
         loss = self.objective(logits, targets) if counts else logits.float().sum() * 0.0
         if not loss.requires_grad:
             raise ConfigError("the loss depends on no parameter that trains: check freeze and the model's forward")
         return loss
+
+    def _padding(self, batch: Batch) -> Tensor | None:
+        """The mask of a batch whose padding the model does not use."""
+        mask = padding_mask(batch.inputs)
+        if mask is not None and self._leaves_out_padding is None:
+            model, targets = self.run.model, _targets(batch)
+            self._leaves_out_padding = ignores_padding(
+                model, mask, lambda: self.call(model, batch.inputs), lambda logits: self.objective(logits, targets)
+            )
+        return mask if self._leaves_out_padding else None
 
     def _count(self, loss: Tensor, weight: float) -> None:
         at = self.run.position

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pyft.freezing.lean import short_attention as module
 from pyft.freezing.lean.calls import lean_calls
-from pyft.freezing.lean.short_attention import short_attention_calls
+from pyft.freezing.lean.core_calls import core_calls
 from pyft.freezing.prefix_cache import PrefixCache
 from pyft.freezing.saved_bytes import saved_bytes
 
@@ -60,7 +60,7 @@ CASES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", CASES)
-@pytest.mark.parametrize("context", [short_attention_calls, lean_calls])
+@pytest.mark.parametrize("context", [core_calls, lean_calls])
 def test_as_torch_with_its_draws(calls: list[Any], options: dict[str, Any], context: Any) -> None:
     inputs = operands()
     with context():
@@ -82,7 +82,7 @@ def test_keeps_less_than_torch(core: Any, p: float) -> None:
     def run() -> Tensor:
         return F.scaled_dot_product_attention(*inputs, dropout_p=p)
 
-    with short_attention_calls():
+    with core_calls():
         few = saved_bytes(run, torch.nn.ParameterList(inputs))
     assert few == sums + bool(p) * bits
     assert saved_bytes(run, torch.nn.ParameterList(inputs)) > 4 * few
@@ -91,7 +91,7 @@ def test_keeps_less_than_torch(core: Any, p: float) -> None:
 @pytest.mark.parametrize("grad", [True, False])
 def test_without_gradient(calls: list[Any], grad: bool) -> None:
     q, k, v = (x.detach() for x in operands())
-    with torch.inference_mode(not grad), short_attention_calls():
+    with torch.inference_mode(not grad), core_calls():
         found = F.scaled_dot_product_attention(q, k, v)
     assert calls
     assert found.grad_fn is None
@@ -113,7 +113,7 @@ LEFT_ALONE: dict[str, Any] = {
 def test_left_to_torch(calls: list[Any], case: str) -> None:
     inputs = LEFT_ALONE[case](*(x.detach() for x in operands(16, 8, 24, 32)))
     wanted = F.scaled_dot_product_attention(*inputs)
-    with short_attention_calls():
+    with core_calls():
         assert torch.equal(F.scaled_dot_product_attention(*inputs), wanted)
     assert not calls
 
@@ -121,7 +121,7 @@ def test_left_to_torch(calls: list[Any], case: str) -> None:
 def test_what_else_is_left_to_torch(calls: list[Any]) -> None:
     q, k, v = operands()
     learned = torch.zeros(24, 24, requires_grad=True)
-    with short_attention_calls():
+    with core_calls():
         results([q, k, v], attn_mask=learned)
         F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
         with sdpa_kernel(SDPBackend.MATH):
@@ -139,7 +139,7 @@ def test_what_else_is_left_to_torch(calls: list[Any]) -> None:
 
 def test_compiled_code_has_torchs(calls: list[Any]) -> None:
     q, k, v = (x.detach() for x in operands())
-    with short_attention_calls():
+    with core_calls():
         compiled = torch.compile(F.scaled_dot_product_attention, backend="aot_eager")(q, k, v)
     assert (compiled - F.scaled_dot_product_attention(q, k, v)).abs().max() < 2e-6
     assert not calls
@@ -147,7 +147,7 @@ def test_compiled_code_has_torchs(calls: list[Any]) -> None:
 
 def test_a_second_derivative_is_refused(calls: list[Any]) -> None:
     inputs = operands()
-    with short_attention_calls():
+    with core_calls():
         out = F.scaled_dot_product_attention(*inputs)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(out.sum(), inputs, create_graph=True)

@@ -15,10 +15,10 @@ from torch.overrides import TorchFunctionMode
 
 from pyft.freezing.lean.activations import lean_relu
 from pyft.freezing.lean.bit_gradients import drop, dropped
-from pyft.freezing.lean.conditions import acts_on, as_autocast, has_kernels, is_eager, refuse_second
+from pyft.freezing.lean.conditions import acts_on, as_autocast, has_kernels, in_checkpoint, is_eager, refuse_second
 from pyft.freezing.lean.dropout import lean_dropout
 from pyft.freezing.lean.pooling import LeanMaxPool2d
-from pyft.freezing.lean.short_attention import attend_shortly, in_checkpoint
+from pyft.freezing.lean.short_attention import attend_shortly
 
 
 def _widened(x: Tensor) -> Tensor:

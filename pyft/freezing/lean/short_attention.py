@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.overrides import TorchFunctionMode
 
 from pyft.freezing.lean.conditions import is_eager, refuse_second
 from pyft.ops.random_bits import bernoulli_bits
@@ -115,38 +112,9 @@ def _is_mask(mask: Tensor, query: Tensor, key: Tensor) -> bool:
     )
 
 
-class _ShortAttentionCalls(TorchFunctionMode):
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is F.scaled_dot_product_attention and not torch.compiler.is_compiling() and not in_checkpoint():
-            out = _attention(*args, **(kwargs or {}))
-            if out is not None:
-                return out
-        return func(*args, **(kwargs or {}))
-
-
-def _attention(
+def short_attention_call(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor | None:  # fmt: skip
+    """`attend_shortly` with the arguments of `F.scaled_dot_product_attention`."""
     return None if enable_gqa else attend_shortly(query, key, value, attn_mask, dropout_p, is_causal, scale)
-
-
-def in_checkpoint() -> bool:
-    """Whether what is kept now is dropped again: a checkpoint repeats its part in backward, where torch has no modes,
-    and both times must be alike."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"
-
-
-def short_attention_calls() -> TorchFunctionMode:
-    """Inside, `F.scaled_dot_product_attention` of short sequences in fp32 on the CPU is the core's, with torch's draws
-    of dropout; with other last bits. Where anything else is wanted it is torch's own.
-
-    >>> x = torch.ones(1, 1, 4, 16)
-    >>> with short_attention_calls():
-    ...     F.scaled_dot_product_attention(x, x, x).unique()
-    tensor([1.])
-    """
-    return _ShortAttentionCalls()
