@@ -54,7 +54,9 @@ def write_cost(
         predicted: see `pyft.plan.recalled`.
         before: bytes that the process held when the run began.
     """
-    memory = {"before": before, "peak": peak_memory()}
+    # The kernel counts the two apart, and not quite alike: a run that needed nothing would peak below its beginning.
+    peak = max((held for held in (before, peak_memory()) if held is not None), default=None)
+    memory = {"before": before, "peak": peak}
     if device.type == "cuda":
         memory["device_peak"] = torch.cuda.max_memory_allocated(device)
     run.write("cost.json", {"stages": history.stages, "memory": memory, "predicted": predicted})
