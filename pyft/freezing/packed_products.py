@@ -11,11 +11,9 @@ from torch import Tensor, nn
 
 from pyft.freezing.lean.linear import LeanLinear, ProducingLinear
 from pyft.freezing.prefix_cache_trace import in_place_of_forward
-from pyft.ops.packed_linear import pack_linear, packed_linear, packing_pays
+from pyft.ops.packed_linear import LEAST_WIDTH, pack_linear, packed_linear, packing_pays
 
 _KINDS = (nn.Linear, LeanLinear, ProducingLinear)
-LEAST_WIDTH = 64
-"""A matrix that is narrower either way leaves registers empty."""
 
 
 @contextlib.contextmanager

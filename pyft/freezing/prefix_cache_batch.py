@@ -43,7 +43,7 @@ def batch_facts(inputs: Any) -> BatchFacts:
     tensors = tensors_in(dict(inputs) if isinstance(inputs, Mapping) else inputs)
     if not tensors or any(tensor.ndim == 0 or len(tensor) != len(tensors[0]) for tensor in tensors):
         raise ConfigError("inputs: expected tensors with one first dimension B")
-    batch, mask = len(tensors[0]), _mask_of(inputs)
+    batch, mask = len(tensors[0]), mask_of(inputs)
     length = 0 if mask is None else mask.shape[1]
     lengths = np.zeros(batch, dtype=np.int64)
     if mask is not None:
@@ -55,7 +55,8 @@ def batch_facts(inputs: Any) -> BatchFacts:
     return BatchFacts(batch, length, lengths, form)
 
 
-def _mask_of(inputs: Any) -> torch.Tensor | None:
+def mask_of(inputs: Any) -> torch.Tensor | None:
+    """The mask (B, T) among inputs by name: 0 for padding."""
     mask = inputs.get(_MASK) if isinstance(inputs, Mapping) else None
     return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
 

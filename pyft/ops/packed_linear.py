@@ -12,6 +12,8 @@ from pyft.ops.library import LIBRARY, define
 
 PANEL_WIDTH = 16
 """Outputs whose weights lie side by side in a packed weight."""
+LEAST_WIDTH = 64
+"""A matrix that is narrower either way leaves registers empty: torch's product is the faster one."""
 
 define("pack_linear(Tensor weight) -> Tensor")
 define("packed_linear(Tensor input, Tensor packed, Tensor? bias, int outputs) -> Tensor")

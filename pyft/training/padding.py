@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyft.freezing.lean.core_calls import core_calls
+from pyft.freezing.lean.token_linear import leaving_out_pays
 from pyft.freezing.no_trace import no_trace
+from pyft.freezing.prefix_cache_batch import mask_of
 
-MASK = "attention_mask"
 _ROUNDING = 1e-4
 
 
 def padding_mask(inputs: Any) -> Tensor | None:
-    """The mask (B, T) of inputs by name, on the CPU, if it says of any token that it is padding."""
-    mask = inputs.get(MASK) if isinstance(inputs, Mapping) else None
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or not mask.is_cpu or bool((mask != 0).all()):
-        return None
-    return mask
+    """The mask (B, T) of inputs by name, on the CPU, if linear layers could leave out so much padding."""
+    mask = mask_of(inputs)
+    return mask if mask is not None and mask.is_cpu and leaving_out_pays(mask) else None
 
 
 def ignores_padding(
@@ -36,12 +35,13 @@ def ignores_padding(
         forward: gives the logits of the batch, (B, ...); where these are (B, T, ...), those of padding do not count.
         loss: gives the loss of logits.
     """
-    with no_trace(model), torch.no_grad():
+    # With gradients, as in a step: some modules of torch take another way without.
+    with no_trace(model), torch.enable_grad():
         model.eval()
         with core_calls():
-            whole = forward()
+            whole = forward().detach()
         with core_calls(mask):
-            found = forward()
+            found = forward().detach()
     same = [(found, whole), (loss(found), loss(whole))]
     if found.shape[: mask.ndim] == mask.shape and found.ndim > mask.ndim:
         same[0] = (found[mask != 0], whole[mask != 0])

@@ -84,20 +84,30 @@ def test_labels_on_padding_count(products: list[int]) -> None:
     assert not ignores_padding(net, MASK, lambda: net(IDS, MASK), loss)
 
 
-def test_masks() -> None:
+def test_masks(products: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     assert padding_mask({"attention_mask": MASK}) is MASK
+    # Too little to be left out: a trial on such a batch would show nothing.
+    little = torch.ones_like(MASK)
+    little[0, -(token_linear.PACKING - 1) :] = 0
+    assert padding_mask({"attention_mask": little}) is None
+    little[0, -token_linear.PACKING :] = 0
+    assert padding_mask({"attention_mask": little}) is little
     for inputs in ({"attention_mask": MASK != 2}, {"attention_mask": MASK[None]}, {"input_ids": MASK}, MASK):
         assert padding_mask(inputs) is None
+    monkeypatch.setattr(token_linear, "packing_pays", lambda: False)
+    assert padding_mask({"attention_mask": MASK}) is None
 
 
 class TextBatches:
-    """One batch twice, the second time without padding."""
+    """One batch twice, the first time with too little padding to be left out, which shows nothing of the model."""
 
     num_batches = 2
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         targets = torch.tensor([0, 1, 2, 0])
-        for mask in (MASK, torch.ones_like(MASK))[start:]:
+        little = torch.ones_like(MASK)
+        little[0, -1] = 0
+        for mask in (little, MASK)[start:]:
             yield Batch({"input_ids": IDS, "attention_mask": mask}, targets, torch.arange(4))
 
 

@@ -35,6 +35,16 @@ def is_eager(x: object) -> bool:
     )
 
 
+def is_float32_on_cpu(x: object) -> bool:
+    """Whether `x` is a plain dense float32 tensor on the CPU, of which nothing but values is asked."""
+    return (
+        is_eager(x)
+        and x.is_cpu  # type: ignore[attr-defined]
+        and x.dtype == torch.float32  # type: ignore[attr-defined]
+        and x.layout == torch.strided  # type: ignore[attr-defined]
+    )
+
+
 def in_checkpoint() -> bool:
     """Whether what is kept now is dropped again: a checkpoint repeats its part in backward, where torch has no modes,
     and both times must be alike."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from pyft.freezing.lean.conditions import is_eager
+from pyft.freezing.lean.conditions import is_float32_on_cpu
 from pyft.ops.gelu import gelu, gelu_backward
 
 LEAST_ELEMENTS = 4096
@@ -35,10 +35,7 @@ def gelu_call(input: Tensor, approximate: str = "none") -> Tensor | None:
 
     fits = (
         approximate == "none"
-        and is_eager(input)
-        and input.is_cpu
-        and input.dtype == torch.float32
-        and input.layout == torch.strided
+        and is_float32_on_cpu(input)
         and input.is_contiguous()
         and input.numel() >= LEAST_ELEMENTS
         and load_core() is not None

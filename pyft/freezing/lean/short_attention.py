@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from pyft.freezing.lean.conditions import is_eager, refuse_second
+from pyft.freezing.lean.conditions import is_eager, is_float32_on_cpu, refuse_second
 from pyft.ops.random_bits import bernoulli_bits
 from pyft.ops.short_attention import WIDTH_STEP, short_attention, short_attention_backward
 
@@ -89,13 +89,7 @@ def _is_enough(query: Tensor, key: Tensor) -> bool:
 
 
 def _is_operand(x: object) -> bool:
-    return (
-        is_eager(x)
-        and x.is_cpu  # type: ignore[attr-defined]
-        and x.dtype == torch.float32  # type: ignore[attr-defined]
-        and x.ndim == 4  # type: ignore[attr-defined]
-        and x.layout == torch.strided  # type: ignore[attr-defined]
-    )
+    return is_float32_on_cpu(x) and x.ndim == 4  # type: ignore[attr-defined]
 
 
 def _is_mask(mask: Tensor, query: Tensor, key: Tensor) -> bool:

@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from pyft.freezing.lean.conditions import is_eager
-from pyft.ops.packed_linear import packing_pays
+from pyft.freezing.lean.conditions import is_float32_on_cpu
+from pyft.ops.packed_linear import LEAST_WIDTH, packing_pays
 from pyft.ops.token_linear import token_linear, token_linear_backward
 
-LEAST_WIDTH = 64
-"""A matrix that is narrower either way leaves registers empty."""
 PACKING = 20
 """A weight is packed in the time of the products of so many rows."""
 
@@ -45,6 +43,12 @@ class _TokenLinear(Function):
         return None if dx is None else dx.view(ctx.sizes), dw, db, None
 
 
+def leaving_out_pays(mask: Tensor) -> bool:
+    """Whether `TokenLinear` acts on a batch with this mask (B, T): there is enough padding for what packing takes."""
+    tokens = int(mask.count_nonzero())
+    return 0 < tokens <= mask.numel() - PACKING and packing_pays()
+
+
 class TokenLinear:
     """`F.linear` of a forward pass whose batch has padding.
 
@@ -53,9 +57,8 @@ class TokenLinear:
     """
 
     def __init__(self, mask: Tensor) -> None:
-        tokens = mask.reshape(-1).nonzero().squeeze(1)
         self._shape = mask.shape
-        self._tokens = tokens if 0 < len(tokens) <= mask.numel() - PACKING and packing_pays() else None
+        self._tokens = mask.reshape(-1).nonzero().squeeze(1) if leaving_out_pays(mask) else None
 
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
         """The product by the core; None where it is to be torch's own: for other tensors than (B, T, N)."""
@@ -67,23 +70,14 @@ class TokenLinear:
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
-        _is_operand(x)
-        and _is_operand(weight)
+        is_float32_on_cpu(x)
+        and is_float32_on_cpu(weight)
         and x.ndim == 3
         and x.shape[2] > 0
         and weight.ndim == 2
         and x.shape[-1] == weight.shape[1]
         and min(weight.shape) >= LEAST_WIDTH
         and weight.stride(1) == 1
-        and (bias is None or (_is_operand(bias) and bias.shape == weight.shape[:1] and bias.is_contiguous()))
+        and (bias is None or (is_float32_on_cpu(bias) and bias.shape == weight.shape[:1] and bias.is_contiguous()))
         and not torch.is_autocast_enabled("cpu")
-    )
-
-
-def _is_operand(x: object) -> bool:
-    return (
-        is_eager(x)
-        and x.is_cpu  # type: ignore[attr-defined]
-        and x.dtype == torch.float32  # type: ignore[attr-defined]
-        and x.layout == torch.strided  # type: ignore[attr-defined]
     )
