@@ -1,9 +1,14 @@
 #include "grad_norm_cpu.h"
 
 #include <cmath>
+#include <type_traits>
 
 #include "cpu_target.h"
 #include "grad_norm_math.h"
+
+#if PYFT_X86_TARGETS
+#include "grad_norm_avx2.h"
+#endif
 
 namespace pyft {
 namespace {
@@ -21,6 +26,9 @@ uint32_t largest_baseline(const Element* x, int64_t length) {
 #if PYFT_X86_TARGETS
 template <class Element, class Term>
 PYFT_TARGET_AVX2 double sum_avx2(const Element* x, int64_t length, const Term& term, const Element* next) {
+  if constexpr (std::is_same_v<Term, Square> && !std::is_same_v<Element, Fp16>) {
+    return sum_of_squares_avx2(x, length, next);
+  }
   return sum_of_terms(x, length, term, next);
 }
 

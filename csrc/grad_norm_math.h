@@ -64,10 +64,41 @@ struct ScaledPowerByLogarithm {
   }
 };
 
+constexpr int kSums = kStreams * kLanes;
+
+// Adds what the quarters leave over, and then all sums.
+template <class Element, class Term>
+PYFT_HOST_DEVICE double add_rest_and_sums(const Element* x, int64_t length, const Term& term, double* sums) {
+  const int64_t done = length / kSums * kSums;
+  if (length > done) {
+    // A sum indexed at run time would keep all of them out of registers, so the rest is padded with zeros.
+    float rest[kSums] = {};
+    for (int64_t i = done; i < length; ++i) {
+      rest[i - done] = to_fp32(x[i]);
+    }
+    for (int lane = 0; lane < kSums; ++lane) {
+      sums[lane] += term(rest[lane]);
+    }
+  }
+  for (int width = kSums / 2; width > 0; width /= 2) {
+    for (int lane = 0; lane < width; ++lane) {
+      sums[lane] += sums[lane + width];
+    }
+  }
+  return sums[0];
+}
+
+// What to load beside element i of the first quarter: what comes later in it or, of a short one, what is next.
+template <class Element>
+PYFT_HOST_DEVICE const Element* ahead_of(const Element* x, int64_t quarter, const Element* next) {
+  const int64_t far = kFetchAheadBytes / static_cast<int64_t>(sizeof(Element));
+  // A short quarter ends before: what lies behind it would be loaded in vain.
+  return quarter > 2 * far ? x + far : next;
+}
+
 // `next`: what will be summed after this. If this is short, what is next is loaded meanwhile.
 template <class Element, class Term>
 PYFT_HOST_DEVICE double sum_of_terms(const Element* x, int64_t length, const Term& term, const Element* next) {
-  constexpr int kSums = kStreams * kLanes;
   const int64_t quarter = length / kSums * kLanes;
   // Of a constant 0 the compiler makes an instruction that fills memory, which takes longer than the loop.
   const double zero = length < 0 ? 1.0 : 0.0;
@@ -75,9 +106,7 @@ PYFT_HOST_DEVICE double sum_of_terms(const Element* x, int64_t length, const Ter
   for (double& sum : sums) {
     sum = zero;
   }
-  // A short quarter ends before: what lies behind it would be loaded in vain.
-  const int64_t far = kFetchAheadBytes / static_cast<int64_t>(sizeof(Element));
-  const Element* const ahead = quarter > 2 * far ? x + far : next;
+  const Element* const ahead = ahead_of(x, quarter, next);
   for (int64_t i = 0; i < quarter; i += kLanes) {
 #ifndef __CUDACC__
     // Written out: a prefetch inside the loop over streams keeps it from being vectorised.
@@ -92,22 +121,7 @@ PYFT_HOST_DEVICE double sum_of_terms(const Element* x, int64_t length, const Ter
       }
     }
   }
-  if (length > kStreams * quarter) {
-    // A sum indexed at run time would keep all of them out of registers, so the rest is padded with zeros.
-    float rest[kSums] = {};
-    for (int64_t i = kStreams * quarter; i < length; ++i) {
-      rest[i - kStreams * quarter] = to_fp32(x[i]);
-    }
-    for (int lane = 0; lane < kSums; ++lane) {
-      sums[lane] += term(rest[lane]);
-    }
-  }
-  for (int width = kSums / 2; width > 0; width /= 2) {
-    for (int lane = 0; lane < width; ++lane) {
-      sums[lane] += sums[lane + width];
-    }
-  }
-  return sums[0];
+  return add_rest_and_sums(x, length, term, sums);
 }
 
 // Bits of the largest |x|: as integers, magnitudes are in order, and NaN is above inf. 0 for no elements.
