@@ -17,11 +17,12 @@ enum class MomentFormat : int8_t { none, fp32, bf16, int8 };
 constexpr int64_t kBlock = 256;
 
 // Random bits of an element: a function of the key and its place, so threads and chunks change nothing. The mixer is
-// "lowbias32" of Chris Wellons' hash-prospector (public domain).
+// "lowbias32" of Chris Wellons' hash-prospector (public domain); kGolden is 2^32 over the golden ratio.
+constexpr uint32_t kGolden = 0x9e3779b9u, kMix1 = 0x7feb352du, kMix2 = 0x846ca68bu;
 PYFT_HOST_DEVICE uint32_t random_bits(uint32_t key, uint32_t place) {
-  uint32_t x = place * 0x9e3779b9u + key;
-  x = (x ^ (x >> 16)) * 0x7feb352du;
-  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  uint32_t x = place * kGolden + key;
+  x = (x ^ (x >> 16)) * kMix1;
+  x = (x ^ (x >> 15)) * kMix2;
   return x ^ (x >> 16);
 }
 
@@ -66,13 +67,11 @@ PYFT_HOST_DEVICE float join(Bf16 high, int16_t low) {
 // 8-bit moments: floats of 3 bits after the point and, relative to the largest of their block, 16 powers of two for a
 // moment of either sign, 32 for one that is never negative. Rounded with random bits, or a moving average whose change
 // is less than half a code would never move; within a power of two codes are equally far apart, so the mean is exact.
+// The bits are multiples of kGolden from a random start: each uniform, and two multiplications cheaper than
+// random_bits.
 constexpr int kCodeShift = 20;
 constexpr uint32_t kCode = 1u << kCodeShift;
 constexpr uint32_t kInfinityBits = 0x7f800000u;
-
-// Random bits for the codes of a block: the fractional parts of multiples of the golden ratio, from a random start.
-// Each is uniform, and one multiplication cheaper than random_bits.
-constexpr uint32_t kGolden = 0x9e3779b9u;
 
 // The scale of a block, a power of two, from the bits of its largest size: what is rounded up stays below its double.
 // inf if the block holds NaN or inf.

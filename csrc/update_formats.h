@@ -194,14 +194,18 @@ PYFT_LOOPS_TARGET void encode_block(int8_t* __restrict__ codes, const float* __r
   }
 }
 
+// Only this NaN has a code.
+PYFT_LOOPS_TARGET inline void keep_one_nan(float* __restrict__ value, int32_t length) {
+  for (int32_t i = 0; i < length; ++i) {
+    value[i] = is_nan_bits(bits_of(value[i])) ? float_of(0x7fc00000u) : value[i];
+  }
+}
+
 PYFT_LOOPS_TARGET inline void store_int8(const Moment& moment, int64_t begin, float* value, uint32_t random,
                                          int32_t length) {
   const uint32_t largest = largest_size(value, length);
   if (largest > kInfinityBits) {
-    // Only this NaN has a code.
-    for (int32_t i = 0; i < length; ++i) {
-      value[i] = is_nan_bits(bits_of(value[i])) ? float_of(0x7fc00000u) : value[i];
-    }
+    keep_one_nan(value, length);
   }
   const float scale = block_scale(largest);
   moment.scale[begin / kBlock] = scale;

@@ -15,13 +15,16 @@ PYFT_TARGET_AVX2 inline __m256i load16_twice(const void* from) {
 }
 
 // to_fp32
-PYFT_TARGET_AVX2 inline int32_t widen_vectors(const Bf16* from, float* to, int64_t length) {
+PYFT_TARGET_AVX2 inline __m256i widened(const Bf16* from) {
   const __m256i upper = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,  //
                                          -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
+  return _mm256_shuffle_epi8(load16_twice(from), upper);
+}
+PYFT_TARGET_AVX2 inline int32_t widen_vectors(const Bf16* from, float* to, int64_t length) {
   const int32_t done = static_cast<int32_t>(length / 16 * 16);
   for (int32_t i = 0; i < done; i += 16) {
-    store8(to + i, _mm256_shuffle_epi8(load16_twice(from + i), upper));
-    store8(to + i + 8, _mm256_shuffle_epi8(load16_twice(from + i + 8), upper));
+    store8(to + i, widened(from + i));
+    store8(to + i + 8, widened(from + i + 8));
   }
   return done;
 }
@@ -32,26 +35,25 @@ constexpr int32_t widen_vectors(const T*, float*, int64_t) {
 
 // The sum of bits and what they are rounded with, in the lower 16 bits. Of a sum that ran over into the sign only a NaN
 // can be the cause; it stays as it is.
-PYFT_TARGET_AVX2 inline __m256i rounded_upper(__m256i bits, __m256i round) {
+PYFT_TARGET_AVX2 inline __m256i rounded(__m256i bits, __m256i round) {
   const __m256i sum = _mm256_add_epi32(bits, round);
-  const __m256 kept = _mm256_blendv_ps(_mm256_castsi256_ps(sum), _mm256_castsi256_ps(bits),
-                                       _mm256_castsi256_ps(_mm256_xor_si256(sum, bits)));
-  return _mm256_srli_epi32(_mm256_castps_si256(kept), 16);
+  return _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(sum), _mm256_castsi256_ps(bits),
+                                              _mm256_castsi256_ps(_mm256_xor_si256(sum, bits))));
 }
-PYFT_TARGET_AVX2 inline void store_halves(Bf16* to, __m256i first, __m256i second) {
-  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(first, second), 0xd8);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), packed);
+PYFT_TARGET_AVX2 inline void store_upper(Bf16* to, __m256i first, __m256i second) {
+  const __m256i halves = _mm256_packus_epi32(_mm256_srli_epi32(first, 16), _mm256_srli_epi32(second, 16));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(halves, 0xd8));
 }
 
 // to_bf16
-PYFT_TARGET_AVX2 inline __m256i nearest_upper(__m256i bits) {
+PYFT_TARGET_AVX2 inline __m256i nearest(__m256i bits) {
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  return rounded_upper(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  return rounded(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
 }
 PYFT_TARGET_AVX2 inline int32_t narrow_vectors(const float* from, Bf16* to, int64_t length) {
   int32_t i = 0;
   for (; i + 16 <= length; i += 16) {
-    store_halves(to + i, nearest_upper(load8(from + i)), nearest_upper(load8(from + i + 8)));
+    store_upper(to + i, nearest(load8(from + i)), nearest(load8(from + i + 8)));
   }
   return i;
 }
@@ -71,8 +73,8 @@ PYFT_TARGET_AVX2 inline int32_t narrow_dithered_vectors(const float* from, Bf16*
   __m256i first = dither8(random), second = later(first, 8);
   int32_t i = 0;
   for (; i + 16 <= length; i += 16) {
-    store_halves(to + i, rounded_upper(load8(from + i), _mm256_srli_epi32(first, 16)),
-                 rounded_upper(load8(from + i + 8), _mm256_srli_epi32(second, 16)));
+    store_upper(to + i, rounded(load8(from + i), _mm256_srli_epi32(first, 16)),
+                rounded(load8(from + i + 8), _mm256_srli_epi32(second, 16)));
     first = later(first, 16);
     second = later(second, 16);
   }
@@ -91,23 +93,40 @@ PYFT_TARGET_AVX2 inline __m256i decoded(__m256i code_on_top, __m256i lowest) {
   const __m256i sign = _mm256_and_si256(code_on_top, _mm256_set1_epi32(INT32_MIN));
   return _mm256_or_si256(_mm256_castps_si256(value), sign);
 }
-template <bool kSigned>
-PYFT_TARGET_AVX2 inline int32_t decode_vectors(const int8_t* codes, float* value, uint32_t lowest, int32_t length) {
-  static_assert(24 - kCodeShift == 4);
+// 16 codes, each in the upper byte of a number.
+struct CodesOnTop {
+  __m256i first, second;
+};
+PYFT_TARGET_AVX2 inline CodesOnTop codes_on_top(const int8_t* codes) {
   const __m256i first = _mm256_setr_epi8(-1, -1, -1, 0, -1, -1, -1, 1, -1, -1, -1, 2, -1, -1, -1, 3,  //
                                          -1, -1, -1, 4, -1, -1, -1, 5, -1, -1, -1, 6, -1, -1, -1, 7);
   // -1, which stands for 0, keeps its upper bit.
   const __m256i second = _mm256_or_si256(first, _mm256_set1_epi32(0x08000000));
+  const __m256i both = load16_twice(codes);
+  return {_mm256_shuffle_epi8(both, first), _mm256_shuffle_epi8(both, second)};
+}
+template <bool kSigned>
+PYFT_TARGET_AVX2 inline int32_t decode_vectors(const int8_t* codes, float* value, uint32_t lowest, int32_t length) {
+  static_assert(24 - kCodeShift == 4);
   const __m256i low = _mm256_set1_epi32(static_cast<int>(lowest));
   int32_t i = 0;
   for (; i + 16 <= length; i += 16) {
-    const __m256i both = load16_twice(codes + i);
-    store8(value + i, decoded<kSigned>(_mm256_shuffle_epi8(both, first), low));
-    store8(value + i + 8, decoded<kSigned>(_mm256_shuffle_epi8(both, second), low));
+    const CodesOnTop top = codes_on_top(codes + i);
+    store8(value + i, decoded<kSigned>(top.first, low));
+    store8(value + i + 8, decoded<kSigned>(top.second, low));
   }
   return i;
 }
 
+PYFT_TARGET_AVX2 inline uint32_t largest_lane(__m256i sizes) {
+  alignas(32) uint32_t lanes[8];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), sizes);
+  uint32_t largest = 0;
+  for (uint32_t lane : lanes) {
+    largest = lane > largest ? lane : largest;
+  }
+  return largest;
+}
 PYFT_TARGET_AVX2 inline int32_t largest_vectors(const float* value, int32_t length, uint32_t& largest) {
   const __m256i size = _mm256_set1_epi32(0x7fffffff);
   __m256i first = _mm256_setzero_si256(), second = first;
@@ -116,11 +135,7 @@ PYFT_TARGET_AVX2 inline int32_t largest_vectors(const float* value, int32_t leng
     first = _mm256_max_epu32(first, _mm256_and_si256(load8(value + i), size));
     second = _mm256_max_epu32(second, _mm256_and_si256(load8(value + i + 8), size));
   }
-  alignas(32) uint32_t lanes[8];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), _mm256_max_epu32(first, second));
-  for (uint32_t lane : lanes) {
-    largest = lane > largest ? lane : largest;
-  }
+  largest = largest_lane(_mm256_max_epu32(first, second));
   return i;
 }
 
@@ -140,20 +155,24 @@ PYFT_TARGET_AVX2 inline __m256i encoded(const float* value, __m256i lowest, __m2
   return _mm256_sign_epi32(code, bits);
 }
 template <bool kSigned>
+PYFT_TARGET_AVX2 inline void encode32(int8_t* codes, const float* value, __m256i lowest, __m256i dither) {
+  const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256i a = encoded<kSigned>(value, lowest, dither);
+  const __m256i b = encoded<kSigned>(value + 8, lowest, later(dither, 8));
+  const __m256i c = encoded<kSigned>(value + 16, lowest, later(dither, 16));
+  const __m256i d = encoded<kSigned>(value + 24, lowest, later(dither, 24));
+  const __m256i ab = _mm256_packs_epi32(a, b), cd = _mm256_packs_epi32(c, d);
+  const __m256i packed = kSigned ? _mm256_packs_epi16(ab, cd) : _mm256_packus_epi16(ab, cd);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), _mm256_permutevar8x32_epi32(packed, in_order));
+}
+template <bool kSigned>
 PYFT_TARGET_AVX2 inline int32_t encode_vectors(int8_t* codes, const float* value, uint32_t lowest, uint32_t random,
                                                int32_t length) {
   const __m256i low = _mm256_set1_epi32(static_cast<int>(lowest));
-  const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   __m256i dither = dither8(random);
   int32_t i = 0;
   for (; i + 32 <= length; i += 32, dither = later(dither, 32)) {
-    const __m256i a = encoded<kSigned>(value + i, low, dither);
-    const __m256i b = encoded<kSigned>(value + i + 8, low, later(dither, 8));
-    const __m256i c = encoded<kSigned>(value + i + 16, low, later(dither, 16));
-    const __m256i d = encoded<kSigned>(value + i + 24, low, later(dither, 24));
-    const __m256i ab = _mm256_packs_epi32(a, b), cd = _mm256_packs_epi32(c, d);
-    const __m256i packed = kSigned ? _mm256_packs_epi16(ab, cd) : _mm256_packus_epi16(ab, cd);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i), _mm256_permutevar8x32_epi32(packed, in_order));
+    encode32<kSigned>(codes + i, value + i, low, dither);
   }
   return i;
 }

@@ -6,6 +6,12 @@
 
 namespace pyft::PYFT_LOOPS {
 
+#ifdef PYFT_LOOPS_AVX2
+}
+#include "adam_blocks_avx2.h"
+namespace pyft::PYFT_LOOPS {
+#endif
+
 // Elements begin .. end - 1 of a rule, on fp32 numbers.
 template <Rule kRule>
 PYFT_LOOPS_TARGET inline void update_elements(float* __restrict__ p, const float* __restrict__ g,
@@ -162,6 +168,17 @@ PYFT_LOOPS_TARGET inline void update_range(const TensorUpdate& t, bool plain, in
 PYFT_LOOPS_TARGET inline void update_one_place(const TensorUpdate& t, bool plain, int64_t begin, int64_t length,
                                                const Ahead& next) {
   const int64_t before = length > next.length ? (length - next.length) / kBlock * kBlock : 0;
+#ifdef PYFT_LOOPS_AVX2
+  const int64_t whole = length / kBlock * kBlock;
+  const AdamRun run = whole > 0 ? adam_run_of(t) : nullptr;
+  if (run != nullptr) {
+    run(t, begin, whole, next, before);
+    if (whole < length) {
+      update_block(t, begin + whole, length - whole);
+    }
+    return next.fetch(whole - before, next.length);
+  }
+#endif
   if (before > 0) {
     update_range(t, plain, begin, before, kNothing);
   }

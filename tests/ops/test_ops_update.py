@@ -91,9 +91,13 @@ def both(rule: str, p: Tensor, g: Tensor, state: dict[str, Tensor], **options: A
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Of what is not NaN; NaN are at the same places."""
     if a.dtype.is_floating_point:
+        nan = a.isnan()
+        if not torch.equal(nan, b.isnan()):
+            return False
         kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-        a, b = a.contiguous().view(kind), b.contiguous().view(kind)
+        a, b = (x.masked_fill(nan, 0.0).view(kind) for x in (a, b))
     return torch.equal(a, b)
 
 
@@ -118,6 +122,43 @@ def test_bf16_weights_have_the_bits_of_the_reference(
 ) -> None:
     tensors = make(rule, 8449, param=torch.bfloat16, grad=grad, weights=weights)
     both(rule, *tensors, weights=weights, seed=-3)
+
+
+# Adam has loops of its own for these, of whole blocks.
+MIXTURES = [
+    (weights, moments)
+    for weights in ("fp32", "plain", "split32", "kahan", "stochastic")
+    for moments in ("float32", "bfloat16", "int8")
+]
+
+
+def mixture(rule: str, size: int, weights: str, moments: str) -> tuple[tuple[Tensor, Tensor, dict[str, Tensor]], str]:
+    dtype = torch.float32 if weights == "fp32" else torch.bfloat16
+    mode = "plain" if weights == "fp32" else weights
+    return make(rule, size, param=dtype, grad=dtype, moments=moments, weights=mode), mode
+
+
+@pytest.mark.parametrize("rule", ["adamw", "adam"])
+@pytest.mark.parametrize(("weights", "moments"), MIXTURES)
+@pytest.mark.parametrize("size", [256, 511, 33_001])
+def test_adam_in_every_mixture_of_formats(cpu_target: str, rule: str, weights: str, moments: str, size: int) -> None:
+    tensors, mode = mixture(rule, size, weights, moments)
+    both(rule, *tensors, weights=mode, seed=11)
+
+
+@pytest.mark.parametrize("rule", ["adamw", "adam"])
+@pytest.mark.parametrize(("weights", "moments"), MIXTURES)
+def test_what_is_not_finite_stays_in_its_block(cpu_target: str, rule: str, weights: str, moments: str) -> None:
+    """NaN with all bits of the fraction, as a GPU makes them, inf, the largest and the smallest numbers, and -0."""
+    (p, g, state), mode = mixture(rule, 2048, weights, moments)
+    kind, top = (torch.int32, 16) if g.dtype == torch.float32 else (torch.int16, 0)
+    for block, bits in enumerate([0x7FFF, 0xFFFF, 0x7F81, 0x7F80, 0xFF80, 0x7F7F, 0x0001, 0x8000]):
+        number = torch.tensor(bits << top | (1 << top) - 1).to(kind).view(g.dtype)
+        g[286 * block] = number
+        p[256 * block + 3] = number
+        if moments != "int8":
+            state["exp_avg"][256 * block + 250] = number.to(state["exp_avg"].dtype)
+    both(rule, p, g, state, weights=mode, seed=12)
 
 
 @pytest.mark.parametrize("param", [torch.float32, torch.float16])
