@@ -14,17 +14,6 @@
 namespace pyft {
 namespace {
 
-void check_floats(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == torch::headeronly::ScalarType::Float && t.dim() == 2, name,
-                  " must be a float32 matrix on the CPU");
-}
-
-void check_rows(const Tensor& t, const char* name) {
-  check_floats(t, name);
-  STD_TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, name, " has strides ", to_string(t.strides()),
-                  "; the entries of a row must lie side by side");
-}
-
 // Rows and panels cut into a grid of tasks: all panels for some rows, or a part of them where rows are few.
 struct Grid {
   int64_t row_parts, panel_parts;
@@ -64,7 +53,7 @@ void multiply_packed(const PackedLinear& work) {
 // weight (O, N), or a transposed view. Gives (panels, N, 16): the weights of 16 outputs side by side, input by input,
 // filled up with zeros.
 Tensor pack_linear(const Tensor& weight) {
-  check_floats(weight, "weight");
+  check_fp32_matrix(weight, "weight");
   const StridedWeight from{static_cast<const float*>(weight.data_ptr()), weight.stride(0), weight.stride(1),
                            weight.size(0), weight.size(1)};
   STD_TORCH_CHECK(from.input_stride == 1 || from.output_stride == 1 || weight.numel() == 0, "weight has strides ",
@@ -78,24 +67,20 @@ Tensor pack_linear(const Tensor& weight) {
 
 // input (T, N), packed from a weight (O, N), bias (O,). Gives (T, O).
 Tensor packed_linear(const Tensor& input, const Tensor& packed, const std::optional<Tensor>& bias, int64_t outputs) {
-  check_rows(input, "input");
+  check_fp32_rows(input, "input");
   STD_TORCH_CHECK(
       packed.is_cpu() && packed.scalar_type() == torch::headeronly::ScalarType::Float && packed.is_contiguous() &&
           packed.dim() == 3 && packed.size(2) == kPanelWidth && outputs >= 0 && packed.size(0) == panels_of(outputs),
       "packed must be what pack_linear gave for a weight of ", outputs, " rows, got sizes ", to_string(packed.sizes()));
   STD_TORCH_CHECK(packed.size(1) == input.size(1), "input has ", input.size(1), " columns but the weight has ",
                   packed.size(1));
-  STD_TORCH_CHECK(
-      !bias.has_value() || (bias->is_cpu() && bias->is_contiguous() && bias->dim() == 1 &&
-                            bias->scalar_type() == torch::headeronly::ScalarType::Float && bias->numel() == outputs),
-      "bias must be ", outputs, " contiguous float32 on the CPU");
+  const float* const of_bias = checked_bias(bias, outputs);
   const int64_t tokens = input.size(0);
   Tensor out = torch::stable::new_empty(input, {tokens, outputs});
   if (out.numel() > 0) {
     multiply_packed({static_cast<const float*>(input.data_ptr()), input.stride(0),
-                     static_cast<const float*>(packed.data_ptr()),
-                     bias.has_value() ? static_cast<const float*>(bias->data_ptr()) : nullptr, nullptr, tokens, tokens,
-                     input.size(1), outputs, static_cast<float*>(out.mutable_data_ptr())});
+                     static_cast<const float*>(packed.data_ptr()), of_bias, nullptr, tokens, tokens, input.size(1),
+                     outputs, static_cast<float*>(out.mutable_data_ptr())});
   }
   return out;
 }

@@ -15,13 +15,6 @@
 namespace pyft {
 namespace {
 
-void check_matrix(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == torch::headeronly::ScalarType::Float && t.dim() == 2, name,
-                  " must be a float32 matrix on the CPU, one token a row");
-  STD_TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, name, " has strides ", to_string(t.strides()),
-                  "; the entries of a row must lie side by side");
-}
-
 std::vector<int64_t> checked_rows(const std::optional<Tensor>& rows, int64_t row_start, int64_t row_count,
                                   int64_t limit) {
   std::vector<int64_t> chosen(std::max<int64_t>(0, row_count));
@@ -75,8 +68,8 @@ void gradient_of_rows(const PartialGradient& work, float* packed, float* sums) {
 std::tuple<Tensor, Tensor> partial_weight_gradient(const Tensor& grad, const Tensor& input,
                                                    const std::optional<Tensor>& rows, int64_t row_start,
                                                    int64_t row_count, bool with_sums) {
-  check_matrix(grad, "grad");
-  check_matrix(input, "input");
+  check_fp32_rows(grad, "grad");
+  check_fp32_rows(input, "input");
   STD_TORCH_CHECK(grad.size(0) == input.size(0), "grad has ", grad.size(0), " tokens but input has ", input.size(0));
   const std::vector<int64_t> chosen = checked_rows(rows, row_start, row_count, grad.size(1));
   const int64_t tokens = grad.size(0), width = input.size(1);

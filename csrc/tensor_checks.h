@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -85,6 +86,28 @@ inline void check_fp32_cpu(const Tensor& t, const char* list, size_t index) {
                   " is sparse; only dense tensors are supported");
   STD_TORCH_CHECK(t.scalar_type() == torch::headeronly::ScalarType::Float, element(list, index),
                   " must be float32 for the compiled core");
+}
+
+inline void check_fp32_matrix(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == torch::headeronly::ScalarType::Float && t.dim() == 2, name,
+                  " must be a float32 matrix on the CPU");
+}
+
+inline void check_fp32_rows(const Tensor& t, const char* name) {
+  check_fp32_matrix(t, name);
+  STD_TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, name, " has strides ", to_string(t.strides()),
+                  "; the entries of a row must lie side by side");
+}
+
+// The first element of a bias of a linear layer with so many outputs, or null.
+inline const float* checked_bias(const std::optional<Tensor>& bias, int64_t outputs) {
+  if (!bias.has_value()) {
+    return nullptr;
+  }
+  STD_TORCH_CHECK(bias->is_cpu() && bias->is_contiguous() && bias->dim() == 1 &&
+                      bias->scalar_type() == torch::headeronly::ScalarType::Float && bias->numel() == outputs,
+                  "bias must be ", outputs, " contiguous float32 on the CPU");
+  return static_cast<const float*>(bias->data_ptr());
 }
 
 inline void check_same_layout(const Tensor& reference, const char* reference_list, const Tensor& t, const char* list,

@@ -21,13 +21,6 @@ struct Trim {
   ~Trim() { scratch.trim(); }
 };
 
-void check_matrix(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == torch::headeronly::ScalarType::Float && t.dim() == 2, name,
-                  " must be a float32 matrix on the CPU");
-  STD_TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, name, " has strides ", to_string(t.strides()),
-                  "; the entries of a row must lie side by side");
-}
-
 const int64_t* checked_tokens(const Tensor& tokens, int64_t limit) {
   STD_TORCH_CHECK(tokens.is_cpu() && tokens.scalar_type() == torch::headeronly::ScalarType::Long && tokens.dim() == 1 &&
                       tokens.is_contiguous(),
@@ -62,18 +55,15 @@ Tensor multiply(const Tensor& x, const StridedWeight& weight, const float* bias,
 // input (T, N), weight (O, N), bias (O,), tokens (t,) ascending. Gives (T, O), zeros in rows that are no tokens.
 Tensor token_linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                     const Tensor& tokens) {
-  check_matrix(input, "input");
-  check_matrix(weight, "weight");
+  check_fp32_rows(input, "input");
+  check_fp32_rows(weight, "weight");
   STD_TORCH_CHECK(weight.size(1) == input.size(1), "input has ", input.size(1), " columns but weight has ",
                   weight.size(1));
-  STD_TORCH_CHECK(!bias.has_value() ||
-                      (bias->is_cpu() && bias->is_contiguous() && bias->dim() == 1 &&
-                       bias->scalar_type() == torch::headeronly::ScalarType::Float && bias->numel() == weight.size(0)),
-                  "bias must be ", weight.size(0), " contiguous float32 on the CPU");
+  const float* const of_bias = checked_bias(bias, weight.size(0));
   const int64_t* numbers = checked_tokens(tokens, input.size(0));
   const Trim trim;
-  return multiply(input, {floats(weight), weight.stride(0), 1, weight.size(0), weight.size(1)},
-                  bias.has_value() ? floats(*bias) : nullptr, numbers, tokens.numel());
+  return multiply(input, {floats(weight), weight.stride(0), 1, weight.size(0), weight.size(1)}, of_bias, numbers,
+                  tokens.numel());
 }
 
 // grad (T, O), and what token_linear was given. Gives the gradients of input, (T, N), of weight, (O, N), and of bias,
@@ -81,8 +71,8 @@ Tensor token_linear(const Tensor& input, const Tensor& weight, const std::option
 std::tuple<Tensor, Tensor, Tensor> token_linear_backward(const Tensor& grad, const Tensor& input, const Tensor& weight,
                                                          const Tensor& tokens, bool need_input, bool need_weight,
                                                          bool need_bias) {
-  check_matrix(grad, "grad");
-  check_matrix(weight, "weight");
+  check_fp32_rows(grad, "grad");
+  check_fp32_rows(weight, "weight");
   STD_TORCH_CHECK(grad.size(1) == weight.size(0), "grad has ", grad.size(1), " columns but weight has ", weight.size(0),
                   " rows");
   const int64_t* numbers = checked_tokens(tokens, grad.size(0));
@@ -98,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> token_linear_backward(const Tensor& grad, con
     STD_TORCH_CHECK(!need_bias, "need_bias without need_weight is not supported");
     return {dx, dw, db};
   }
-  check_matrix(input, "input");
+  check_fp32_rows(input, "input");
   STD_TORCH_CHECK(input.size(0) == grad.size(0) && input.size(1) == inputs, "input has sizes ",
                   to_string(input.sizes()), " but grad and weight ask for (", grad.size(0), ", ", inputs, ")");
   if (count == 0 || outputs == 0) {
