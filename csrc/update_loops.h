@@ -3,14 +3,11 @@
 // those of the tensors themselves where they are fp32, else copies of one block, which stay in the L1 cache.
 
 #include "update_formats.h"
-
-namespace pyft::PYFT_LOOPS {
-
 #ifdef PYFT_LOOPS_AVX2
-}
 #include "adam_blocks_avx2.h"
-namespace pyft::PYFT_LOOPS {
 #endif
+
+namespace pyft::PYFT_LOOPS {
 
 // Elements begin .. end - 1 of a rule, on fp32 numbers.
 template <Rule kRule>

@@ -252,6 +252,18 @@ def test_writes_nothing_outside_a_view(cpu_target: str) -> None:
         assert not torch.equal(views["p"], p)
 
 
+@pytest.mark.parametrize(("weights", "moments"), MIXTURES)
+def test_adam_on_views_at_odd_places(cpu_target: str, weights: str, moments: str) -> None:
+    (p, g, state), mode = mixture("adamw", 1000, weights, moments)
+    tensors = {"p": p, "g": g, **state}
+    holders = {key: torch.full((1010,), 77).to(x.dtype) for key, x in tensors.items() if x.numel() == 1000}
+    views = {key: holders[key][3:1003].copy_(tensors[key]) for key in holders}
+    both("adamw", views.pop("p"), views.pop("g"), {**state, **views}, weights=mode, seed=4)
+    for holder in holders.values():
+        assert (holder[:3] == 77).all()
+        assert (holder[1003:] == 77).all()
+
+
 def test_stochastic_rounding_is_unbiased(backend: str) -> None:
     p = torch.full((200_000,), 1.0, dtype=torch.bfloat16)
     g = torch.full((200_000,), -1.0)
